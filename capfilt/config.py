@@ -1,0 +1,437 @@
+"""The config of a run: one YAML file, checked in full before anything happens.
+
+Every field says its unit; `None` (YAML `null`) means off. Fields marked runtime (device, batch size,
+workers) don't decide the output and stay out of the fingerprints.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from capfilt.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _runtime(default: Any, description: str, **kwargs: Any) -> Any:
+    """A field that does not decide the output."""
+    return Field(default, description=description, json_schema_extra={"runtime": True}, **kwargs)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Human(_Section):
+    """The human-labelled pairs: pictures in a folder, texts in a list."""
+
+    pairs: str
+    """JSONL, CSV, TSV or Parquet file; one row a picture."""
+    images: str | None = None
+    """Folder that the picture paths start from; the folder of `pairs` by default."""
+    image_column: str = "image"
+    """Column with the picture's path."""
+    caption_column: str | None = None
+    """Column with one text, or a list of texts; `captions`, `caption` or `text` by default."""
+    limit: Positive | None = None
+    """Read only the first so many rows."""
+
+
+class Web(_Section):
+    """The noisy pairs: a list of URLs to download, or pictures that are already on disk."""
+
+    urls: str | None = None
+    """CSV, TSV, JSONL or Parquet file with a URL and a text a row. Fetched by `download`."""
+    url_column: str = "url"
+    """Column with the URL."""
+    pairs: str | None = None
+    """As `human.pairs`: pictures that are on disk. Read by `ingest`. Give this or `urls`."""
+    images: str | None = None
+    """As `human.images`."""
+    image_column: str = "image"
+    """Column with the picture's path, for `pairs`."""
+    caption_column: str | None = None
+    """Column with the text; `captions`, `caption` or `text` by default."""
+    limit: Positive | None = None
+    """Read only the first so many rows."""
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "Web":
+        if (self.urls is None) == (self.pairs is None):
+            raise ValueError("give exactly one of `urls` (to download) and `pairs` (on disk)")
+        return self
+
+
+class Demo(_Section):
+    """For the demo: serve a folder on loopback while `download` fetches from it."""
+
+    serve: str
+    """The folder to serve."""
+    port: int = Field(18780, ge=1, le=65535)
+    """The port on 127.0.0.1; the URLs in `web.urls` name it."""
+
+
+class Download(_Section):
+    """`download` and `ingest`: from URLs or files to `images/`."""
+
+    shard_size: Positive = 10_000
+    """Pictures a shard."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Seconds until a URL counts as dead."""
+    retries: int = Field(1, ge=0)
+    """Further tries for a URL that failed."""
+    processes: Positive = _runtime(1, "Processes that download.")
+    threads: Positive = _runtime(32, "Connections a process.")
+    min_side_px: Positive = 8
+    """A picture with a shorter side is dropped as `image_too_small`."""
+    max_area_px: Positive = 80_000_000
+    """A picture of a larger area is dropped as `image_too_large`, before it is decoded."""
+    max_side_px: Positive | None = None
+    """Shrink pictures whose longer side is over this, and store them as JPEG; null stores every
+    picture as it was fetched."""
+    user_agent: str | None = None
+    """A token that names you in the User-Agent header, as site owners ask."""
+
+
+class Model(_Section):
+    """The MED that is trained."""
+
+    preset: Literal["small", "base", "large"] = "small"
+    """`small`: frozen EfficientNet-Lite0 and MiniLM, for a laptop. `base`, `large`: the paper's
+    ViT-B/16 and ViT-L/16 with BERT-base."""
+    image_size_px: Positive | None = None
+    """Side of the square that pictures are squashed to; the preset's own by default."""
+    lite: Literal["lite0", "lite1", "lite2"] = "lite0"
+    """Which EfficientNet-Lite the small preset uses."""
+    image_weights: str | None = None
+    """For `base` and `large`: ViT weights to start from (a hub name or folder); null starts from
+    random ones."""
+    text_weights: str | None = None
+    """BERT weights to start from (a hub name or folder); the small preset's MiniLM by default."""
+
+
+class Optim(_Section):
+    """One training: how long, how fast, how careful."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the pairs (may be a fraction)."""
+    batch_size: Positive = 64
+    """Pictures a step, over all processes."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    new_layers_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of layers that no pretrained weights fill (projections, cross-attention,
+    heads); `lr` by default."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's."""
+    clip_grad_norm: float | None = Field(None, gt=0)
+    """Clip gradients to this norm; null is off, as in the paper."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the forward pass under autocast."""
+    gradient_accumulation: Positive = 1
+    """Slices that a batch is cut into, to save memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    freeze_image: bool = True
+    """Keep the image tower as it is. With the small preset its output is then computed once."""
+    image_dropout: Fraction = 0.0
+    """Share of the cached image tokens that a training step does not see (frozen tower only)."""
+    average_weights: Fraction | None = None
+    """Decay of an exponential moving average of the weights, which is what is kept; null is off."""
+    log_every: Positive = 10
+    """Steps between two lines of the loss log."""
+    checkpoint_every: Positive = 200
+    """Steps between two checkpoints that a stopped training goes on from."""
+
+
+class Itc(_Section):
+    """Image-text contrastive learning (ITC)."""
+
+    queue_size: int = Field(0, ge=0)
+    """Past features that serve as further negatives; 0 is in-batch only. The paper's is 57,600."""
+    momentum: Fraction | None = None
+    """Decay of the momentum encoders (the paper's is 0.995); null trains without them."""
+    alpha: Fraction = 0.0
+    """Share of soft targets from the momentum encoders (the paper's is 0.4)."""
+    alpha_warmup_epochs: float = Field(1.0, ge=0)
+    """Epochs over which `alpha` rises from 0."""
+
+
+class Itm(_Section):
+    """Image-text matching (ITM) on negatives that ITC confuses."""
+
+    easy_epochs: float = Field(0.0, ge=0)
+    """Epochs over which negatives go from random to the paper's hard ones; 0 is hard at once."""
+    word_swap: Fraction = 0.0
+    """Chance that a positive gets a further negative: its own text with a word exchanged."""
+    web_negatives: Fraction = 0.0
+    """Chance that a human picture gets a further negative: a text of some web picture, so that the
+    matcher sees how the web writes (finetuning of the matcher only)."""
+
+
+class Pretrain(Optim):
+    """Pretraining with ITC + ITM + LM on web and human pairs (paper, section 3.2)."""
+
+    itc: Itc = Itc()
+    itm: Itm = Itm()
+    label_smoothing: Fraction = 0.1
+    """Of the LM loss."""
+    max_tokens: Positive = 30
+    """Longest text, in tokens."""
+    itm_weight: float = Field(1.0, ge=0)
+    """Weight of the ITM loss; the paper's is 1."""
+    lm_weight: float = Field(1.0, ge=0)
+    """Weight of the LM loss; the paper's is 1."""
+    human_share: Fraction | None = None
+    """Share of human pairs in a batch; null draws them as they come."""
+
+
+class Matcher(Optim):
+    """Finetuning of the matcher with ITC + ITM on human pairs (paper, section 3.3: the filter)."""
+
+    init: str | None = None
+    """A checkpoint to start from instead of the run's own pretraining: a folder or hub name (also
+    BLIP's). With `epochs: 0` in mind use `checkpoint` instead."""
+    checkpoint: str | None = None
+    """Use this matcher as it is and train nothing: a folder or hub name."""
+    itc: Itc = Itc()
+    itm: Itm = Itm()
+    max_tokens: Positive = 35
+    """Longest text, in tokens."""
+    itm_weight: float = Field(1.0, ge=0)
+    """Weight of the ITM loss."""
+    val_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the human pictures held out to pick the checkpoint by mean recall."""
+
+
+class Captioner(Optim):
+    """Finetuning of the captioner with LM on human pairs (paper, section 3.3)."""
+
+    init: str | None = None
+    """As `matcher.init`."""
+    checkpoint: str | None = None
+    """As `matcher.checkpoint`."""
+    label_smoothing: Fraction = 0.1
+    """Of the LM loss."""
+    prompt: str = "a picture of"
+    """Stands before every caption, in training and in captioning; not part of the caption."""
+    max_tokens: Positive = 40
+    """Longest text with the prompt, in tokens."""
+    val_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the human pictures held out to pick the checkpoint by CIDEr + BLEU-4."""
+
+
+class Caption(_Section):
+    """Synthetic captions for the web pictures."""
+
+    method: Literal["nucleus", "top_k", "beam", "greedy"] = "nucleus"
+    """How words are chosen; the paper finds nucleus sampling better than beam search."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Nucleus: the most probable tokens that together reach this probability."""
+    top_k: Positive | None = None
+    """Sample among so many most probable tokens; for `nucleus` also, when set."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits before sampling."""
+    num_beams: Positive = 3
+    """Beams of the beam search."""
+    repetition_penalty: float = Field(1.1, ge=1)
+    """Divides the logits of tokens that are there already."""
+    min_tokens: Positive = 5
+    """Shortest caption, in tokens with the prompt."""
+    max_tokens: Positive = 20
+    """Longest caption, in tokens with the prompt."""
+    captions_per_image: Positive = 1
+    """Captions for each picture."""
+    batch_size: Positive = _runtime(64, "Pictures at a time.")
+
+
+class Score(_Section):
+    """Matching scores of every pair."""
+
+    max_tokens: Positive = 35
+    """Longest text, in tokens."""
+    human: bool = True
+    """Score the human pairs too (they are kept whatever their score)."""
+    first_token: Literal["enc", "cls"] = "enc"
+    """What ITM's text starts with: `[ENC]` as in training; `cls` as the released scoring code of
+    BLIP does, for its public checkpoints."""
+    batch_size: Positive = _runtime(64, "Pictures at a time.")
+
+
+class Filter(_Section):
+    """Which pairs are kept. Needs no model: another threshold is a matter of seconds."""
+
+    itm_threshold: Fraction | None = 0.5
+    """Drop a web or synthetic text whose ITM probability is below this; null is off."""
+    itc_threshold: float | None = Field(None, ge=-1, le=1)
+    """Drop a web or synthetic text whose ITC similarity is below this; null is off."""
+    drop_duplicates: bool = True
+    """Keep the same picture with the same text only once."""
+
+
+class Export(_Section):
+    """The training set, as Parquet shards."""
+
+    human: bool = True
+    """Export the human pairs too, as in the paper."""
+
+
+class Report(_Section):
+    """The static page."""
+
+    pairs: Positive = 48
+    """Kept pairs, and dropped pairs, to show."""
+    thumbnail_px: Positive = 112
+    """Side of a thumbnail."""
+
+
+class Config(_Section):
+    """One run."""
+
+    run_dir: str
+    """Folder that the run writes to; relative to the working directory."""
+    seed: int = Field(0, ge=0)
+    """Of every random draw."""
+    human: Human
+    web: Web
+    demo: Demo | None = None
+    download: Download = Download()
+    model: Model = Model()
+    pretrain: Pretrain | None = Pretrain()
+    matcher: Matcher = Matcher()
+    captioner: Captioner = Captioner()
+    caption: Caption = Caption()
+    score: Score = Score()
+    filter: Filter = Filter()
+    export: Export = Export()
+    report: Report = Report()
+    device: Literal["auto", "cpu", "cuda", "mps"] = _runtime("auto", "Where models run.")
+    threads: Positive | None = _runtime(None, "CPU threads; all cores by default.")
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Reads and checks a config.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.subkey=value` strings; the value is YAML.
+
+    Raises:
+        ConfigError: the file is missing, isn't YAML, or doesn't fit; all problems at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = sorted(str(found) for found in Path("pipelines").glob("*.yaml"))
+        raise ConfigError(
+            f"config {str(path)!r} is not there"
+            + (f"; in pipelines/ there are {', '.join(known)}" if known else "")
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {str(path)!r} can't be read: {error}") from None
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(_explain(problem, text) for problem in error.errors())
+        raise ConfigError(f"{path} does not fit:\n{problems}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice instead of taking the last."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is there twice", key_node.start_mark
+            )
+        seen[key] = 1
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_UniqueKeyLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+    _unique_mapping,
+)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(
+            f"--set {override!r}: expected key.subkey=value, as in --set filter.itm_threshold=0.6"
+        )
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a section")
+    values[parts[-1]] = value
+
+
+def _explain(problem: Any, text: str) -> str:
+    """One validation problem as a line: the YAML key, its line, the value, and a way out."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "(top level)"
+    line = _line_of(location, text)
+    at = f"  {key}" + (f" (line {line})" if line else "")
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], siblings, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
+        return f"{at}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{at}: required, and not there"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{at}: {message} (is {problem['input']!r})"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        choices = [annotation, *get_args(annotation)]
+        section = next(
+            choice for choice in choices if isinstance(choice, type) and issubclass(choice, _Section)
+        )
+    return list(section.model_fields)
+
+
+def _line_of(location: list[str], text: str) -> int | None:
+    """The line on which a key stands (1-based), by walking the parsed nodes."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    line = None
+    for part in location:
+        if not isinstance(node, yaml.MappingNode):
+            return line
+        for key_node, value_node in node.value:
+            if key_node.value == part:
+                line = key_node.start_mark.line + 1
+                node = value_node
+                break
+        else:
+            return line
+    return line

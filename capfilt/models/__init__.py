@@ -1,0 +1,1 @@
+"""The multimodal mixture of encoder-decoder (MED), its image towers, losses, generation and weights."""

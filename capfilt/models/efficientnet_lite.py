@@ -1,0 +1,192 @@
+"""EfficientNet-Lite trunks (lite0 to lite4): MBConv blocks with ReLU6 and no squeeze-and-excitation.
+
+The batch norms are folded into the convolutions when the weights are loaded: a frozen trunk always runs them with
+their stored statistics, so a convolution with a bias is the same function and faster.
+
+Dimensions: B batch, S image side in pixels, h = w = ceil(S / 32), C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capfilt.errors import InputError
+
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
+BATCH_NORM_EPS = 1e-3
+
+
+class Variant(NamedTuple):
+    """How one EfficientNet-Lite is scaled, and the image side that it was trained at."""
+
+    width: float
+    depth: float
+    image_size_px: int
+
+
+class Stage(NamedTuple):
+    """One row of EfficientNet-B0's table, before scaling."""
+
+    repeats: int
+    kernel: int
+    stride: int
+    expand: int
+    channels: int
+
+
+VARIANTS = {
+    "lite0": Variant(1.0, 1.0, 224),
+    "lite1": Variant(1.0, 1.1, 240),
+    "lite2": Variant(1.1, 1.2, 260),
+    "lite3": Variant(1.2, 1.4, 280),
+    "lite4": Variant(1.4, 1.8, 300),
+}
+
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+
+
+def _scaled_channels(channels: int, width: float) -> int:
+    # to the nearest multiple of 8, but never more than a tenth below
+    scaled = channels * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+class SameConv(nn.Conv2d):
+    """A convolution padded as TensorFlow pads "SAME": the odd pixel goes to the bottom and the right."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, h, w]` to `[B, C', ceil(h / stride), ceil(w / stride)]`."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        bottom, right = (
+            max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]
+        )
+        if bottom == right and bottom % 2 == 0:
+            return F.conv2d(x, self.weight, self.bias, self.stride, bottom // 2, 1, self.groups)
+        x = F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: expand 1x1, depthwise, project 1x1, with a skip where the shape allows it."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int) -> None:
+        super().__init__()
+        middle = inputs * expand
+        self.expand = SameConv(inputs, middle, 1) if expand > 1 else None
+        self.depthwise = SameConv(middle, middle, kernel, stride, groups=middle)
+        self.project = SameConv(middle, outputs, 1)
+        self.skip = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, h, w]` to `[B, C', h', w']`."""
+        y = x if self.expand is None else F.relu6(self.expand(x))
+        y = self.project(F.relu6(self.depthwise(y)))
+        return x + y if self.skip else y
+
+
+class EfficientNetLite(nn.Module):
+    """The trunk of an EfficientNet-Lite: `[B, 3, S, S]` to the last feature map `[B, 1280, h, w]`."""
+
+    def __init__(self, variant: str = "lite0") -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise InputError(f"lite_variant: {variant!r} is not an EfficientNet-Lite; use {', '.join(VARIANTS)}")
+        width, depth, _ = VARIANTS[variant]
+        self.variant = variant
+        self.stem = SameConv(3, STEM_CHANNELS, 3, stride=2)
+        blocks: list[MBConv] = []
+        channels = STEM_CHANNELS
+        for number, stage in enumerate(STAGES):
+            outputs = _scaled_channels(stage.channels, width)
+            # the first and the last stage keep their depth in the Lite family
+            fixed = number in (0, len(STAGES) - 1)
+            for i in range(stage.repeats if fixed else math.ceil(stage.repeats * depth)):
+                stride = stage.stride if i == 0 else 1
+                blocks.append(MBConv(channels, outputs, stage.kernel, stride, stage.expand))
+                channels = outputs
+        self.blocks = nn.ModuleList(blocks)
+        self.head = SameConv(channels, HEAD_CHANNELS, 1)
+        for module in self.modules():
+            if isinstance(module, SameConv):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode pixels scaled as (x - 127) / 128.
+
+        Args:
+            pixel_values: `[B, 3, S, S]`.
+
+        Returns:
+            The feature map `[B, 1280, h, w]` after the head's ReLU6 (values 0 to 6).
+        """
+        # depthwise convolutions on CPU run about twice as fast in channels-last order
+        x = F.relu6(self.stem(pixel_values.contiguous(memory_format=torch.channels_last)))
+        for block in self.blocks:
+            x = block(x)
+        return F.relu6(self.head(x))
+
+
+def load_imagenet(trunk: EfficientNetLite, state: Mapping[str, Tensor], where: str) -> None:
+    """Fill a trunk from an ImageNet state dict, folding the batch norms into the convolutions.
+
+    Args:
+        trunk: the module to fill, in place.
+        state: keys such as `_conv_stem.weight`, `_blocks.3._bn1.running_var`; the classifier `_fc` is left aside.
+        where: the file, for messages.
+
+    Raises:
+        InputError: keys are missing, unknown or of another shape; the message lists them.
+    """
+    pairs: list[tuple[SameConv, str, str]] = [(trunk.stem, "_conv_stem", "_bn0")]
+    for i, block in enumerate(trunk.blocks):
+        prefix = f"_blocks.{i}."
+        assert isinstance(block, MBConv)
+        if block.expand is not None:
+            pairs.append((block.expand, prefix + "_expand_conv", prefix + "_bn0"))
+        pairs.append((block.depthwise, prefix + "_depthwise_conv", prefix + "_bn1"))
+        pairs.append((block.project, prefix + "_project_conv", prefix + "_bn2"))
+    pairs.append((trunk.head, "_conv_head", "_bn1"))
+
+    wanted: dict[str, tuple[int, ...]] = {}
+    for conv, conv_name, norm_name in pairs:
+        wanted[f"{conv_name}.weight"] = tuple(conv.weight.shape)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            wanted[f"{norm_name}.{part}"] = (conv.out_channels,)
+    ignored = ("num_batches_tracked", "_fc.weight", "_fc.bias")
+    problems = [f"missing {key}" for key in wanted if key not in state]
+    problems += [f"unknown {key}" for key in state if key not in wanted and not key.endswith(ignored)]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, not {shape}"
+        for key, shape in wanted.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        raise InputError(
+            f"{where}: not the weights of an EfficientNet-{trunk.variant}: {'; '.join(problems[:20])}"
+            f"{f'; and {len(problems) - 20} more' if len(problems) > 20 else ''}. Set lite_variant to the file's variant."
+        )
+    with torch.no_grad():
+        for conv, conv_name, norm_name in pairs:
+            scale = state[f"{norm_name}.weight"] / (state[f"{norm_name}.running_var"] + BATCH_NORM_EPS).sqrt()
+            conv.weight.copy_(state[f"{conv_name}.weight"] * scale[:, None, None, None])
+            conv.bias.copy_(state[f"{norm_name}.bias"] - state[f"{norm_name}.running_mean"] * scale)

@@ -1,0 +1,139 @@
+"""Shards on disk: their names and paths, reading them, and writing them so that no half is ever seen.
+
+A path may be any that fsspec understands (`runs/demo`, `s3://bucket/run`).
+"""
+
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capfilt.errors import InputError
+
+SHARD_NAME = re.compile(r"^(web|human)-\d{5,}$")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run; each stage owns a folder in it.
+
+    Attributes:
+        path: local path or fsspec URL.
+    """
+
+    path: str
+
+    @cached_property
+    def _fs(self) -> fsspec.AbstractFileSystem:
+        return fsspec.core.url_to_fs(self.path)[0]
+
+    def at(self, *parts: str) -> str:
+        """The path of something in the run folder."""
+        return "/".join([self.path.rstrip("/"), *parts])
+
+    def local(self, *parts: str) -> str:
+        """The same, for what must lie on a local disk (models, the raw download).
+
+        Raises:
+            InputError: the run folder is remote.
+        """
+        if "://" in self.path and not self.path.startswith("file://"):
+            raise InputError(
+                f"run_dir {self.path!r} is remote: training and downloading need a local folder; "
+                "run those stages with a local run_dir and copy it"
+            )
+        return self.at(*parts).removeprefix("file://")
+
+    def table(self, table: str, shard: str) -> str:
+        """The Parquet file of a shard's table."""
+        return self.at(table, f"{shard}.parquet")
+
+    def manifest(self, table: str, shard: str) -> str:
+        """The manifest that signs a shard's table."""
+        return self.at(table, f"{shard}.manifest.json")
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+        return bool(self._fs.exists(path))
+
+    def shards(self, table: str = "images", sources: tuple[str, ...] = ("web", "human")) -> list[str]:
+        """Names of the signed shards of a table, sorted."""
+        if not self.exists(self.at(table)):
+            return []
+        found = []
+        for path in self._fs.ls(self.at(table), detail=False):
+            name = os.path.basename(path)
+            if name.endswith(".manifest.json"):
+                shard = name.removesuffix(".manifest.json")
+                if SHARD_NAME.match(shard) and shard.split("-")[0] in sources:
+                    found.append(shard)
+        return sorted(found)
+
+    def read_text(self, path: str) -> str:
+        """A small text file, whole."""
+        with self._fs.open(path, "r", encoding="utf-8") as file:
+            return str(file.read())
+
+    def write_text(self, path: str, text: str) -> None:
+        """Writes a text file by rename, so that a reader sees all of it or nothing."""
+        self._write(path, lambda file: file.write(text.encode()))
+
+    def write_table(self, path: str, table: pa.Table) -> None:
+        """Writes a Parquet file by rename."""
+        self._write(path, lambda file: pq.write_table(table, file, compression="zstd"))
+
+    def remove(self, path: str) -> None:
+        """Deletes a file or a folder with what is in it, if it is there."""
+        if self.exists(path):
+            self._fs.rm(path, recursive=True)
+
+    def _write(self, path: str, write) -> None:  # type: ignore[no-untyped-def]
+        self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with self._fs.open(temporary, "wb") as file:
+                write(file)
+                if hasattr(file, "fileno"):
+                    file.flush()
+                    os.fsync(file.fileno())
+            self._fs.mv(temporary, path)
+        except BaseException:
+            if self._fs.exists(temporary):
+                self._fs.rm(temporary)
+            raise
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a run, seen by a stage: the tables that lie under its name."""
+
+    run: RunDir
+    name: str
+
+    def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
+        """Reads a table of this shard.
+
+        Args:
+            table: its folder in the run (`images`, `captions`, …).
+            columns: which to read; all by default.
+
+        Raises:
+            InputError: the file is missing or isn't readable Parquet.
+        """
+        path = self.run.table(table, self.name)
+        try:
+            with fsspec.open(path, "rb") as file:
+                return pq.read_table(file, columns=columns)
+        except FileNotFoundError:
+            raise InputError(
+                f"{path} is missing although its manifest is there; delete the manifest to redo it"
+            ) from None
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{path} can't be read ({error}); delete it and its manifest to redo it"
+            ) from None

@@ -1,0 +1,359 @@
+"""`download`: the URLs of the web list become `images/`, fetched by img2dataset.
+
+img2dataset works on many shards at once and starts slowly, so it is run once, as a child process,
+for all shards that are pending. What it leaves (one raw Parquet file a shard, bytes as fetched) is
+then checked and put in order shard by shard.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import string
+import subprocess
+import sys
+import urllib.parse
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from capfilt import manifest
+from capfilt.config import Config, Download
+from capfilt.errors import PartialError
+from capfilt.schema import IMAGES
+from capfilt.shards import RunDir, Shard
+from capfilt.stage import Transform, identify, identify_shared
+from capfilt.stages.lists import (
+    CAPTION_COLUMNS,
+    caption_lists,
+    find_column,
+    read_list,
+    shard_names,
+    shard_rows,
+)
+from capfilt.stages.pictures import (
+    Limits,
+    Picture,
+    images_table,
+    in_threads,
+    inspect,
+    not_fetched,
+)
+
+log = logging.getLogger(__name__)
+
+CHILD = """
+import json, os, signal, sys, threading
+
+def follow_parent():
+    # standard input ends when the parent does, however it ends
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
+
+options = json.loads(sys.stdin.readline())
+threading.Thread(target=follow_parent, daemon=True).start()
+from img2dataset import download
+download(**options)
+"""
+"""The program of the child process; it leads a process group of its own."""
+
+
+class ListConfig(BaseModel):
+    """What of the config's `web` section decides the output."""
+
+    model_config = ConfigDict(frozen=True)
+
+    url_column: str
+    caption_column: str | None
+    limit: int | None
+
+
+class DownloadConfig(Download):
+    """What of the config decides the output."""
+
+    web: ListConfig
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A checked list, and its columns that matter."""
+
+    table: pa.Table
+    url_column: str
+    caption_column: str
+    path: str
+
+
+def list_shards(config: Config) -> list[str]:
+    """The shards that the list of URLs makes.
+
+    Raises:
+        InputError: the list is missing, or a column of it.
+    """
+    return shard_names("web", _open_list(config).table.num_rows, config.download.shard_size)
+
+
+def _open_list(config: Config) -> _Input:
+    web = config.web
+    assert web.urls is not None, "download runs only with web.urls"
+    table = read_list(web.urls, "web.urls", web.limit)
+    url_column = find_column(table, (web.url_column,), web.urls, "web.url_column")
+    wanted = (web.caption_column,) if web.caption_column else CAPTION_COLUMNS
+    caption_column = find_column(table, wanted, web.urls, "web.caption_column")
+    return _Input(table, url_column, caption_column, web.urls)
+
+
+@dataclass(frozen=True)
+class DownloadStage:
+    """Fetches the pictures of `web.urls`; a URL that fails is a row with a reason.
+
+    The identity covers the whole list. What a URL answers is outside of it: a dead link stays dead
+    in the books until `--redo download`.
+
+    Attributes:
+        run: the run folder, which must be local.
+        settings: the run's whole config.
+    """
+
+    run: RunDir
+    settings: Config
+
+    name: str = field(default="download", init=False)
+    version: int = field(default=1, init=False)
+    table: str = field(default="images", init=False)
+    schema: pa.Schema = field(default=IMAGES, init=False, repr=False)
+    reads: tuple[str, ...] = field(default=(), init=False)
+    reads_all: tuple[str, ...] = field(default=(), init=False)
+    sources: tuple[str, ...] = field(default=("web",), init=False)
+    count_by: str | None = field(default="reason", init=False)
+    cheap: bool = field(default=False, init=False)
+
+    @property
+    def config(self) -> DownloadConfig:
+        """What decides the output: the download options, and how the list is read."""
+        web = self.settings.web
+        listing = ListConfig(
+            url_column=web.url_column, caption_column=web.caption_column, limit=web.limit
+        )
+        return DownloadConfig(**self.settings.download.model_dump(), web=listing)
+
+    def weights(self) -> dict[str, Path]:
+        """The list: its digest is part of the identity."""
+        return {"urls": Path(str(self.settings.web.urls))}
+
+    def open(self, device: str) -> Transform:
+        """Reads the list; the function that it returns starts img2dataset when it needs to."""
+        fetch = _Fetch(self, _open_list(self.settings), Path(self.run.local("download")))
+        return fetch.convert
+
+    def pending(self) -> list[str]:
+        """The shards that are not signed with this identity."""
+        shared = identify_shared(self, self.run)
+        return [
+            shard
+            for shard in list_shards(self.settings)
+            if not manifest.is_done(
+                self.run,
+                self.run.manifest(self.table, shard),
+                identify(self, self.run, shard, shared),
+                stale_is_pending=True,
+            )
+        ]
+
+
+class _Fetch:
+    """One opening of the stage: the raw download, and the conversion of its shards.
+
+    Beside the raw shards lies a plan that says which shard of the run each one is, and under which
+    identity. A run that was killed goes on with the raw shards that were finished.
+    """
+
+    def __init__(self, stage: DownloadStage, listed: _Input, folder: Path) -> None:
+        self.stage = stage
+        self.listed = listed
+        self.raw = folder / "raw"
+        self.plan = folder / "plan.json"
+        self.log = folder / "img2dataset.log"
+        self.ran = False
+
+    def convert(self, shard: Shard) -> pa.Table:
+        """The `images/` table of a shard; fetches it, and all others that are pending, if need be.
+
+        Raises:
+            PartialError: img2dataset did not finish the shard.
+        """
+        raw = self._raw_shard(shard.name)
+        if raw is None and not self.ran:
+            self._fetch_pending()
+            self.ran = True
+            raw = self._raw_shard(shard.name)
+        if raw is None:
+            raise PartialError(
+                f"img2dataset did not finish shard {shard.name} ({self.log} says why); "
+                "the same command again goes on from here"
+            )
+        table = self._convert(shard.name, raw)
+        raw.unlink()
+        return table
+
+    def _fingerprint(self) -> str:
+        shared = identify_shared(self.stage, self.stage.run)
+        return identify(self.stage, self.stage.run, "", shared).fingerprint
+
+    def _raw_shard(self, shard: str) -> Path | None:
+        """The raw file of a shard, if img2dataset finished it under the same identity."""
+        try:
+            plan = json.loads(self.plan.read_text(encoding="utf-8"))
+            number = plan["shards"].index(shard)
+        except (OSError, ValueError, KeyError):
+            return None
+        raw = self.raw / f"{number:05d}.parquet"
+        # img2dataset writes the statistics after it has closed the pictures' file
+        finished = raw.is_file() and (self.raw / f"{number:05d}_stats.json").is_file()
+        return raw if finished and plan["fingerprint"] == self._fingerprint() else None
+
+    def _fetch_pending(self) -> None:
+        """Runs img2dataset over all rows of all pending shards.
+
+        Raises:
+            PartialError: it could not be started or broke off; what it finished is kept.
+        """
+        download = self.stage.settings.download
+        shards = self.stage.pending()
+        self.plan.unlink(missing_ok=True)
+        shutil.rmtree(self.raw, ignore_errors=True)
+        self.raw.mkdir(parents=True)
+        rows = [shard_rows(self.listed.table, shard, download.shard_size) for shard in shards]
+        urls = pa.concat_tables(rows).column(self.listed.url_column).to_pylist()
+        # img2dataset cuts this list every shard_size rows: raw shard i is the i-th pending shard
+        starts = [int(shard.rsplit("-", 1)[1]) * download.shard_size for shard in shards]
+        numbers = [
+            start + row
+            for start, table in zip(starts, rows, strict=True)
+            for row in range(table.num_rows)
+        ]
+        pq.write_table(
+            pa.table({"url": [_fetchable(url) for url in urls], "row": numbers}),
+            self.raw.with_name("urls.parquet"),
+        )
+        plan = {"fingerprint": self._fingerprint(), "shards": shards}
+        self.plan.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        log.info(
+            "img2dataset fetches %d URLs in %d shards; its log is %s", len(urls), len(shards), self.log
+        )
+        code = run_img2dataset(
+            {
+                "url_list": str(self.raw.with_name("urls.parquet")),
+                "input_format": "parquet",
+                "url_col": "url",
+                "save_additional_columns": ["row"],
+                "output_folder": str(self.raw),
+                "output_format": "parquet",
+                "number_sample_per_shard": download.shard_size,
+                "processes_count": min(download.processes, len(shards)),
+                "thread_count": download.threads,
+                "timeout": download.timeout_s,
+                "retries": download.retries,
+                "user_agent_token": download.user_agent,
+                # the bytes as fetched: they are decoded and checked here
+                "disable_all_reencoding": True,
+                "resize_mode": "no",
+                "extract_exif": True,
+                "compute_hash": None,
+                "incremental_mode": "overwrite",
+            },
+            self.log,
+        )
+        if code:
+            log.warning("img2dataset ended with code %d; its log is %s", code, self.log)
+
+    def _convert(self, shard: str, raw: Path) -> pa.Table:
+        settings = self.stage.settings
+        download = settings.download
+        listed = shard_rows(self.listed.table, shard, download.shard_size)
+        first = int(shard.rsplit("-", 1)[1]) * download.shard_size
+        limits = Limits(download.min_side_px, download.max_area_px, download.max_side_px)
+        count = listed.num_rows
+        urls = [None if url is None else str(url) for url in _column(listed, self.listed.url_column)]
+        lost = not_fetched(f"img2dataset lost this row; see {self.log.name}")
+        pictures = [lost] * count
+        exif: list[str | None] = [None] * count
+        for batch in pq.ParquetFile(raw).iter_batches(batch_size=100):
+            rows = batch.to_pylist()
+            outcomes = in_threads(partial(_check_row, limits=limits), rows, download.threads)
+            for row, picture in zip(rows, outcomes, strict=True):
+                pictures[row["row"] - first] = picture
+                exif[row["row"] - first] = row["exif"]
+        for position, url in enumerate(urls):
+            if not _fetchable(url):
+                error = "unsupported URL scheme" if url and url.strip() else "the row has no URL"
+                pictures[position] = not_fetched(error)
+        captions = caption_lists(
+            listed, self.listed.caption_column, self.listed.path, "web.caption_column"
+        )
+        return images_table(shard, "web", urls, captions, pictures, exif)
+
+
+def _column(table: pa.Table, name: str) -> list[Any]:
+    return list(table.column(name).to_pylist())
+
+
+def _fetchable(url: str | None) -> str:
+    """The URL as img2dataset may have it, or `""`, which it fails without reaching out.
+
+    Only http and https: the library under img2dataset would open `file:` and `ftp:` also. What is
+    not ASCII, or a space, is percent-encoded, without which it would refuse the URL.
+    """
+    url = (url or "").strip()
+    if url.split(":", 1)[0].lower() not in ("http", "https"):
+        return ""
+    return urllib.parse.quote(url, safe=string.punctuation)
+
+
+def _check_row(row: dict[str, Any], limits: Limits) -> Picture:
+    """A raw row of img2dataset as a picture, or the reason why there is none."""
+    if row["jpg"] is None:
+        return not_fetched(row["error_message"] or row["status"] or "no bytes and no message")
+    return inspect(row["jpg"], limits)
+
+
+def run_img2dataset(options: dict[str, Any], log_file: Path) -> int:
+    """Runs `img2dataset.download(**options)` in a child process, to its end.
+
+    The child and its workers die with this process, even if that is killed.
+
+    Args:
+        options: the keyword arguments, as JSON values.
+        log_file: takes what it prints.
+
+    Returns:
+        Its exit code.
+    """
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
+    with open(log_file, "ab") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+        assert child.stdin is not None
+        try:
+            child.stdin.write(json.dumps(options).encode() + b"\n")
+            child.stdin.flush()
+            return child.wait()
+        except BrokenPipeError:
+            return child.wait()
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+            child.stdin.close()

@@ -1,0 +1,84 @@
+"""`export`: the kept pairs as Parquet shards, which `datasets`, DuckDB and Polars read as they are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capfilt.config import Export
+from capfilt.schema import EXPORT
+from capfilt.shards import Shard
+
+PICTURE_COLUMNS = ["key", "image", "width", "height", "url", "sha256"]
+ROWS_A_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class ExportStage:
+    """Joins pictures, texts and scores of the pairs that were kept, ordered by `uid`.
+
+    That order is a shuffle that is the same in every run: it comes from the content. A pair that
+    stands twice (with `filter.drop_duplicates: false`) is there twice, under one `uid`.
+
+    Attributes:
+        config: whether human pairs are exported too.
+    """
+
+    config: Export
+
+    name: str = field(default="export", init=False)
+    version: int = field(default=1, init=False)
+    table: str = field(default="export", init=False)
+    schema: pa.Schema = field(default=EXPORT, init=False, repr=False)
+    reads: tuple[str, ...] = field(default=("images", "scores", "decisions"), init=False)
+    reads_all: tuple[str, ...] = field(default=(), init=False)
+    sources: tuple[str, ...] = field(default=("web", "human"), init=False)
+    count_by: str | None = field(default="source", init=False)
+    cheap: bool = field(default=True, init=False)
+
+    def weights(self) -> dict[str, Path]:
+        """None."""
+        return {}
+
+    def open(self, device: str) -> Callable[[Shard], pa.Table]:
+        """Needs nothing; the function that it returns makes a shard's table."""
+        return self._export
+
+    def _export(self, shard: Shard) -> pa.Table:
+        decisions = shard.read("decisions", ["pair_id", "source", "keep"])
+        wanted = decisions.column("keep")
+        if not self.config.human:
+            wanted = pc.and_(wanted, pc.not_equal(decisions.column("source"), "human"))
+        pairs = (
+            decisions.filter(wanted)
+            .select(["pair_id"])
+            .join(shard.read("scores"), "pair_id", join_type="inner")
+            .sort_by([("uid", "ascending"), ("pair_id", "ascending")])
+        )
+        images = shard.read("images", PICTURE_COLUMNS)
+        # pictures are looked up in Python: Arrow's own join would copy them into one buffer,
+        # whose 32-bit offsets end at 2 GB
+        position = {key: row for row, key in enumerate(images.column("key").to_pylist())}
+        rows = [position[key] for key in pairs.column("key").to_pylist()]
+        columns = {name: pairs.column(name) for name in ("uid", "caption", "source")}
+        columns |= {name: pairs.column(name) for name in ("itm_prob", "itc_sim")}
+        columns |= {
+            name: images.column(name).take(pa.array(rows, pa.int64()))
+            for name in ("width", "height", "url", "sha256")
+        }
+        columns["image"] = _image_column(images, rows)
+        return pa.table({name: columns[name] for name in EXPORT.names})
+
+
+def _image_column(images: pa.Table, rows: list[int]) -> pa.ChunkedArray:
+    """The pictures of `rows` as structs of bytes and path (the key), in chunks of bounded size."""
+    data = images.column("image").to_pylist()
+    keys = images.column("key").to_pylist()
+    kind = EXPORT.field("image").type
+    chunks = []
+    for start in range(0, len(rows), ROWS_A_CHUNK):
+        part = rows[start : start + ROWS_A_CHUNK]
+        chunks.append(pa.array([{"bytes": data[row], "path": keys[row]} for row in part], kind))
+    return pa.chunked_array(chunks, kind)

@@ -1,0 +1,180 @@
+"""Reading the lists that a run starts from: one row a picture, as CSV, TSV, JSONL or Parquet."""
+
+import csv
+import json
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from capfilt.errors import InputError
+
+CAPTION_COLUMNS = ("captions", "caption", "text")
+"""Where the text is looked for when the config names no column, in this order."""
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def shard_names(source: str, rows: int, shard_size: int) -> list[str]:
+    """`web-00000`, … for so many rows."""
+    return [f"{source}-{number:05d}" for number in range(math.ceil(rows / shard_size))]
+
+
+def shard_rows(table: pa.Table, shard: str, shard_size: int) -> pa.Table:
+    """The rows of a list that make up a shard."""
+    return table.slice(int(shard.rsplit("-", 1)[1]) * shard_size, shard_size)
+
+
+def shard_keys(shard: str, rows: int) -> list[str]:
+    """The keys of a shard's rows, in order (and sorted, up to 100,000 rows)."""
+    return [f"{shard}-{row:05d}" for row in range(rows)]
+
+
+def read_list(path: str, yaml_key: str, limit: int | None = None) -> pa.Table:
+    """A whole list. Read once a process, as long as the file stays the same.
+
+    Args:
+        path: the file; its ending says what it is.
+        yaml_key: the config's key that named it, for messages.
+        limit: take only the first so many rows.
+
+    Returns:
+        Its columns, by name. Everything in CSV and TSV is text, as it stands there.
+
+    Raises:
+        InputError: it is missing, empty, or not what its ending says.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(
+            f"{yaml_key}: {path!r} is not there ({error.strerror}); give the path of a list, "
+            "relative to the working directory"
+        ) from None
+    if Path(path).suffix.lower() not in FORMATS or not Path(path).is_file():
+        raise InputError(f"{yaml_key}: {path!r} is not a file ending in {', '.join(FORMATS)}")
+    table = _read(path, yaml_key, status.st_mtime_ns, status.st_size)
+    if len(set(table.column_names)) < len(table.column_names):
+        raise InputError(f"{yaml_key}: {path} has a column twice: {table.column_names}")
+    if table.num_rows == 0:
+        raise InputError(f"{yaml_key}: {path} has no rows")
+    return table.slice(0, limit)
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, yaml_key: str, mtime_ns: int, size: int) -> pa.Table:
+    suffix = Path(path).suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return pq.read_table(path)
+        if suffix == ".jsonl":
+            return _read_jsonl(path, yaml_key)
+        return _read_delimited(path, "\t" if suffix == ".tsv" else ",")
+    except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{yaml_key}: {path} can't be read as {suffix[1:]}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{yaml_key}: {path} can't be read: {error.strerror or error}") from None
+
+
+def _read_delimited(path: str, delimiter: str) -> pa.Table:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, delimiter=delimiter), [])
+    if not header:
+        return pa.table({})
+    return pa.csv.read_csv(
+        path,
+        # a row may not be longer than a block
+        read_options=pa.csv.ReadOptions(block_size=16 << 20),
+        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
+    )
+
+
+def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
+    columns: dict[str, list[str | list[str] | None]] = {}
+    rows = 0
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{yaml_key}: {path}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{yaml_key}: {path}, line {number} is not an object: {row!r}")
+            for name in row.keys() - columns.keys():
+                columns[name] = [None] * rows
+            for name, values in columns.items():
+                values.append(_plain(row.get(name)))
+            rows += 1
+    # one type a column: a list where any row has one
+    made = {}
+    for name, values in columns.items():
+        if any(isinstance(value, list) for value in values):
+            lists = [value if isinstance(value, list) or value is None else [value] for value in values]
+            made[name] = pa.array(lists, pa.list_(pa.string()))
+        else:
+            made[name] = pa.array(values, pa.string())
+    return pa.table(made)
+
+
+def _plain(value: Any) -> str | list[str] | None:
+    """A JSON value as a text, a list of texts, or None."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        value = "" if value is None else json.dumps(value, ensure_ascii=False)
+    # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def find_column(table: pa.Table, wanted: tuple[str, ...], path: str, yaml_key: str) -> str:
+    """The first of `wanted` that the list has, by its exact name or else in other case.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    lower = {name.lower(): name for name in reversed(table.column_names)}
+    for name in wanted:
+        if name in table.column_names:
+            return name
+    for name in wanted:
+        if name.lower() in lower:
+            return lower[name.lower()]
+    raise InputError(
+        f"{path} has no column {' or '.join(repr(name) for name in wanted)}; it has "
+        f"{table.column_names}. Set {yaml_key} to the one that is meant"
+    )
+
+
+def caption_lists(table: pa.Table, column: str, path: str, yaml_key: str) -> list[list[str]]:
+    """The texts of each row as a list that is never empty: no text at all is one empty text.
+
+    Raises:
+        InputError: the column holds something other than text or lists of text.
+    """
+    kind = table.schema.field(column).type
+    values = table.column(column).to_pylist()
+    for row, value in enumerate(values):
+        texts = value if isinstance(value, list) else [value]
+        if any(text is not None and not isinstance(text, str) for text in texts):
+            raise InputError(
+                f"{path}: column {column!r} holds {kind}, expected text or lists of text "
+                f"(row {row}: {value!r}). Set {yaml_key} to another column"
+            )
+    return [
+        [text or "" for text in value] or [""] if isinstance(value, list) else [value or ""]
+        for value in values
+    ]

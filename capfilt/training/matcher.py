@@ -1,0 +1,135 @@
+"""Finetuning of the matcher with ITC + ITM on human pairs (paper, section 3.3, where it is the filter)."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capfilt.config import Config, Matcher
+from capfilt.evaluation.retrieval import recall_at
+from capfilt.models.med import MED
+from capfilt.shards import RunDir
+from capfilt.training import model_folder, objectives
+from capfilt.training.data import Batch, Stream, take_inventory
+from capfilt.training.loop import Progress, train
+from capfilt.training.swaps import WordSwaps
+
+
+def finetune_matcher(
+    run: RunDir, config: Config, folder: Path, fingerprint: str, device: str, progress: Progress | None
+) -> dict[str, Any]:
+    """Finetunes the matcher on the human pairs and saves it; arguments as in `pretrain`.
+
+    Raises:
+        InputError: too few human pairs.
+        DivergenceError: the loss became NaN or infinite.
+    """
+    settings = config.matcher
+    inventory, held_out = take_inventory(run, ("human",)).split(settings.val_fraction, config.seed)
+    model, tokenizer, vocabulary = model_folder.start(run, config, settings)
+    model = model.to(device)
+    use_features = model_folder.uses_features(config.model, settings.freeze_image)
+    make_stream = partial(Stream, run, seed=config.seed, use_features=use_features)
+    per_epoch = max(1, len(inventory) // settings.batch_size)
+    contrast = objectives.Contrast(
+        model, settings.itc, device, round(settings.itc.alpha_warmup_epochs * per_epoch)
+    )
+    foreign: list[str] = []
+    if settings.itm.web_negatives:
+        foreign = take_inventory(run, ("web",)).all_captions()
+    loss_of = partial(
+        matcher_losses,
+        model=model,
+        tokenizer=tokenizer,
+        contrast=contrast,
+        settings=settings,
+        swaps=WordSwaps.learn(model, tokenizer, inventory.all_captions()),
+        foreign=foreign,
+        easy_steps=round(settings.itm.easy_epochs * per_epoch),
+        device=device,
+    )
+    validate = None
+    if len(held_out) > 1:
+        val = make_stream(held_out, model.config, batch_size=settings.batch_size, train=False)
+        validate = partial(_mean_recall, model, tokenizer, val, settings.max_tokens, device)
+    result = train(
+        model,
+        make_stream(inventory, model.config, batch_size=settings.batch_size),
+        loss_of,
+        settings,
+        folder=folder,
+        fingerprint=fingerprint,
+        seed=config.seed + 1,
+        device=device,
+        others=contrast.state(),
+        validate=validate,
+        progress=progress,
+    )
+    model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
+    return {**result, "pictures": len(inventory), "left_out": dict(inventory.skipped)}
+
+
+def matcher_losses(
+    batch: Batch,
+    step: int,
+    generator: torch.Generator,
+    *,
+    model: MED,
+    tokenizer: Any,
+    contrast: objectives.Contrast,
+    settings: Matcher,
+    swaps: WordSwaps,
+    foreign: list[str],
+    easy_steps: int,
+    device: str,
+) -> dict[str, Tensor]:
+    """ITC + ITM of one batch."""
+    features = objectives.image_features(model, batch, device)
+    image_ids = batch.image_ids.to(device)
+    features, cells = objectives.drop_cells(features, settings.image_dropout, generator)
+    ids, mask = objectives.tokenize(tokenizer, batch.captions, settings.max_tokens, first_token="cls")
+    ids, mask = ids.to(device), mask.to(device)
+    embedded = objectives.Embedded(model.embed_image(features), model.embed_text(ids, mask))
+    itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step)
+    rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+    further: list[tuple[int, str]] = []
+    for row, caption in enumerate(batch.captions):
+        if rng.random() < settings.itm.word_swap:
+            swapped = swaps.swap(caption, rng)
+            if swapped is not None:
+                further.append((row, swapped))
+        if foreign and rng.random() < settings.itm.web_negatives:
+            further.append((row, foreign[int(rng.integers(len(foreign)))]))
+    itm, right = objectives.itm_objective(
+        model,
+        tokenizer,
+        batch.captions,
+        embedded,
+        model.cross_keys_values(model.adapt(features, cells), "encoder"),
+        image_ids,
+        hardness=min(1.0, step / easy_steps) if easy_steps else 1.0,
+        max_tokens=settings.max_tokens,
+        generator=generator,
+        further=further,
+    )
+    return {"loss": itc + settings.itm_weight * itm, "itc": itc, "itm": itm, "itm_accuracy": right}
+
+
+def _mean_recall(
+    model: MED, tokenizer: Any, stream: Stream, max_tokens: int, device: str
+) -> dict[str, float]:
+    """Mean recall of ITC retrieval among held-out pictures, with the first text of each."""
+    images, texts = [], []
+    for batch in stream.in_order():
+        features = objectives.image_features(model, batch, device)
+        ids, mask = objectives.tokenize(tokenizer, batch.captions, max_tokens, first_token="cls")
+        images.append(model.embed_image(features))
+        texts.append(model.embed_text(ids.to(device), mask.to(device)))
+    sim = (torch.cat(images) @ torch.cat(texts).T).float().cpu().numpy()
+    found = recall_at(sim, np.arange(len(sim)))["mean_recall"]
+    return {"score": found, "mean_recall": found}
+
+

@@ -1,0 +1,122 @@
+"""A model on disk: weights, config, tokenizer and the vocabulary that its LM head was trained on.
+
+Also where a training starts: a preset's pretrained parts, the run's own pretraining, or a checkpoint.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from capfilt.config import Captioner, Config, Matcher, Model
+from capfilt.errors import ConfigError
+from capfilt.models import hub, med
+from capfilt.models.tokens import load_tokenizer
+from capfilt.shards import RunDir
+
+VOCABULARY = "lm_vocabulary.json"
+MARKER = "manifest.json"
+
+
+def med_config(config: Model) -> med.MEDConfig:
+    """The shape of the MED that a preset names."""
+    shape = {"small": med.small, "base": med.base, "large": med.large}[config.preset]()
+    if config.preset == "small":
+        side = config.image_size_px or med.VARIANTS[config.lite].image_size_px
+        return replace(shape, lite_variant=config.lite, image_size_px=side)
+    return med.resized(shape, config.image_size_px) if config.image_size_px else shape
+
+
+def fresh_model(config: Model, freeze_image: bool) -> med.MED:
+    """A MED with the preset's pretrained parts and fresh cross-attention, projections and heads.
+
+    Raises:
+        InputError: weights are missing or don't fit.
+        ConfigError: the preset can't do what is asked.
+    """
+    torch.manual_seed(0)
+    model = med.MED(med_config(config))
+    if config.preset == "small":
+        if not freeze_image:
+            raise ConfigError(
+                "freeze_image: the small preset's EfficientNet-Lite has its batch norms folded and "
+                "stays frozen; set freeze_image: true, or model.preset: base"
+            )
+        med.init_lite(model)
+    elif config.image_weights is not None:
+        hub.init_vit(model, config.image_weights)
+    if config.preset == "small" and config.text_weights is None:
+        med.init_from_minilm(model)
+    elif config.text_weights is not None:
+        med.init_from_bert(model, config.text_weights)
+    if freeze_image:
+        model.vision.requires_grad_(False)
+    return model
+
+
+def preset_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a fresh model (bert-base-uncased's vocabulary, which MiniLM's package brings)."""
+    folder = config.text_weights
+    return load_tokenizer(folder if folder is not None and Path(folder).is_dir() else None)
+
+
+def uses_features(config: Model, freeze_image: bool) -> bool:
+    """Whether training reads cached image features instead of pictures."""
+    return config.preset == "small" and freeze_image
+
+
+def save(
+    model: med.MED, tokenizer: PreTrainedTokenizerBase, folder: Path, *, vocabulary: Tensor | None
+) -> None:
+    """Writes a model folder."""
+    med.save(model, folder)
+    tokenizer.save_pretrained(str(folder))
+    listed = None if vocabulary is None else vocabulary.tolist()
+    temporary = folder / f"{VOCABULARY}.tmp"
+    temporary.write_text(json.dumps(listed), encoding="utf-8")
+    os.replace(temporary, folder / VOCABULARY)
+
+
+def load(folder: str | Path) -> tuple[med.MED, PreTrainedTokenizerBase, Tensor | None]:
+    """Reads a model folder, or a BLIP checkpoint by folder or hub name.
+
+    Returns:
+        The model in evaluation mode, its tokenizer, and the vocabulary that its LM head knows (None
+        for all of it).
+
+    Raises:
+        InputError: it is missing or its keys don't fit.
+    """
+    path = Path(folder)
+    config = path / "config.json"
+    if config.exists() and json.loads(config.read_text()).get("model_type") == "capfilt-med":
+        listed = None
+        if (path / VOCABULARY).exists():
+            listed = json.loads((path / VOCABULARY).read_text(encoding="utf-8"))
+        vocabulary = None if listed is None else torch.tensor(listed)
+        return med.load(path), load_tokenizer(path), vocabulary
+    model = hub.load(str(folder))
+    has_tokenizer = (path / "vocab.txt").exists() or (path / "tokenizer.json").exists()
+    return model, load_tokenizer(path if has_tokenizer else None), None
+
+
+def start(
+    run: RunDir, config: Config, settings: Matcher | Captioner
+) -> tuple[med.MED, PreTrainedTokenizerBase, Tensor | None]:
+    """Where a finetuning starts: `init` if given, else the run's pretraining, else the preset."""
+    if settings.init is not None:
+        found = load(settings.init)
+    elif config.pretrain is not None:
+        found = load(run.local("models", "pretrain"))
+    else:
+        found = (
+            fresh_model(config.model, settings.freeze_image),
+            preset_tokenizer(config.model),
+            None,
+        )
+    found[0].vision.requires_grad_(not settings.freeze_image)
+    return found

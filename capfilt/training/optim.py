@@ -1,0 +1,95 @@
+"""The optimiser, the learning rate, and the averaged weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from capfilt.config import Optim
+from capfilt.models.med import MED
+
+NEW_PARTS = ("adapter.", "cross_attention", "lm_head", "itm_head", "vision_proj", "text_proj")
+"""Parts that no BERT, ViT or EfficientNet checkpoint fills."""
+SIMILARITY_PARTS = ("itm_sim_scale", "itm_sim_bias")
+"""Scalars that must move by whole units, so they learn faster than the matrices."""
+SIMILARITY_LR_FACTOR = 50.0
+
+
+def build_optimizer(model: MED, config: Optim) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; parts without pretrained weights have their own rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = config.lr
+        if config.new_layers_lr is not None and any(part in name for part in NEW_PARTS):
+            lr = config.new_layers_lr
+        if name in SIMILARITY_PARTS:
+            lr *= SIMILARITY_LR_FACTOR
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}
+            for (lr, decay), parameters in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Optim, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine from the peak to `min_lr`. Returns the factor of the peak."""
+    if step < config.warmup_steps:
+        factor = (step + 1) / config.warmup_steps
+    else:
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        low = config.min_lr / config.lr
+        factor = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return factor
+
+
+class AveragedWeights:
+    """An exponential moving average of the trainable weights, with a warm-up of the decay."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts at the model's weights."""
+        self.decay = decay
+        self.updates = 0
+        self.weights = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards the model."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        named = dict(model.named_parameters())
+        torch._foreach_lerp_(
+            list(self.weights.values()),
+            [named[name].detach() for name in self.weights],
+            1 - decay,
+        )
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchanges the average with the model's weights; call twice to undo."""
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                average = self.weights[name].clone()
+                self.weights[name].copy_(parameter)
+                parameter.copy_(average)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """For the checkpoint."""
+        return {**self.weights, "updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """From a checkpoint."""
+        self.updates = int(state["updates"])
+        for name, weight in self.weights.items():
+            weight.copy_(state[name])
