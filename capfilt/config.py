@@ -78,8 +78,8 @@ class Demo(_Section):
 class Download(_Section):
     """`download` and `ingest`: from URLs or files to `images/`."""
 
-    shard_size: Positive = 10_000
-    """Pictures a shard."""
+    shard_size: int = Field(10_000, ge=1, le=100_000)
+    """Pictures a shard; a key has five digits for the row."""
     timeout_s: float = Field(10.0, gt=0)
     """Seconds until a URL counts as dead."""
     retries: int = Field(1, ge=0)

@@ -4,6 +4,8 @@ Every table is one Parquet file a shard, sorted by its first column. The field m
 where the README's data contract is generated from.
 """
 
+import json
+
 import pyarrow as pa
 
 from capfilt.errors import InputError
@@ -26,6 +28,21 @@ REASONS = {
 
 def _field(name: str, kind: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:
     return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
+
+
+def _datasets_features(schema: pa.Schema) -> str:
+    """The features of a schema as `datasets` reads them from a Parquet file's metadata.
+
+    Written by hand, since importing `datasets` takes a second.
+    """
+    features: dict[str, dict[str, str]] = {}
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            features[field.name] = {"_type": "Image"}
+        else:
+            kind = {"float": "float32"}.get(str(field.type), str(field.type))
+            features[field.name] = {"dtype": kind, "_type": "Value"}
+    return json.dumps({"info": {"features": features}})
 
 
 IMAGES = pa.schema(
@@ -104,6 +121,7 @@ EXPORT = pa.schema(
         _field("sha256", pa.string(), "of the fetched bytes, hex"),
     ]
 )
+EXPORT = EXPORT.with_metadata({"huggingface": _datasets_features(EXPORT)})
 
 TABLES = {
     "images": IMAGES,

@@ -1,8 +1,8 @@
 """The stage protocol, and `run_shard`, which every engine calls.
 
 A stage reads the tables of one shard and writes one table under the same shard name. It owns one
-folder of the run. What it may depend on is in its `Identity`; the rest (device, batch size, how many
-workers) must not change its output.
+folder of the run. What it may depend on is in its `Identity`; the rest (device, batch size, number
+of workers) must not change its output.
 """
 
 import hashlib
@@ -27,31 +27,57 @@ Transform = Callable[[Shard], pa.Table]
 
 
 class Stage(Protocol):
-    """What a stage is. Frozen dataclasses implement it.
+    """What a stage is. Frozen dataclasses implement it."""
 
-    Attributes:
-        name: as on the command line and in messages.
-        version: raised when the same config would give other output.
-        table: the folder that it writes.
-        schema: of the table that it writes.
-        config: its frozen config.
-        reads: the tables of the same shard that it reads.
-        reads_all: the tables of which it reads all shards (a global decision).
-        sources: the shards that it runs on (`web`, `human`).
-        count_by: the column of its output that the manifest counts.
-        cheap: redone without asking when the config changes, since it needs no model.
-    """
+    @property
+    def name(self) -> str:
+        """As on the command line and in messages."""
+        ...
 
-    name: str
-    version: int
-    table: str
-    schema: pa.Schema
-    config: BaseModel
-    reads: tuple[str, ...]
-    reads_all: tuple[str, ...]
-    sources: tuple[str, ...]
-    count_by: str | None
-    cheap: bool
+    @property
+    def version(self) -> int:
+        """Raised when the same config would give other output."""
+        ...
+
+    @property
+    def table(self) -> str:
+        """The folder that it writes."""
+        ...
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the table that it writes."""
+        ...
+
+    @property
+    def config(self) -> BaseModel:
+        """Its frozen config: what decides the output."""
+        ...
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The tables of the same shard that it reads."""
+        ...
+
+    @property
+    def reads_all(self) -> tuple[str, ...]:
+        """The tables of which it reads all shards (a global decision)."""
+        ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The shards that it runs on (`web`, `human`)."""
+        ...
+
+    @property
+    def count_by(self) -> str | None:
+        """The column of its output that the manifest counts."""
+        ...
+
+    @property
+    def cheap(self) -> bool:
+        """Whether it is redone without asking when the config changes: it needs no model."""
+        ...
 
     def weights(self) -> dict[str, Path]:
         """The weight files (or manifests of model folders) that decide the output, by name."""
@@ -138,8 +164,12 @@ def run_shard(transform: Transform, stage: Stage, shard: Shard, identity: Identi
     where = f"{stage.table}/{shard.name}"
     table = check(transform(shard), stage.schema, where)
     names = table.column(0)
-    if len(names) > 1 and not pc.all(pc.less(names[:-1], names[1:])).as_py():
-        raise InputError(f"{where}: rows are not sorted by a unique {table.column_names[0]}")
+    first = table.column_names[0]
+    # a position (key, pair_id) stands once; the same content (uid) may be exported twice
+    in_order = pc.less_equal if first == "uid" else pc.less
+    if len(names) > 1 and not pc.all(in_order(names[:-1], names[1:])).as_py():
+        unique = "" if first == "uid" else " unique"
+        raise InputError(f"{where}: rows are not sorted by a{unique} {first}")
     run = shard.run
     # an old signature must not stand beside a new table
     run.remove(run.manifest(stage.table, shard.name))

@@ -1,15 +1,15 @@
 """Geometry of the report's charts: plain numbers for the template to draw as SVG.
 
-All charts share one drawing area (`WIDTH` x `HEIGHT` units, scaled by the page), so that text has the
-same size in all of them and stays readable on a phone.
+All charts share one drawing area (`WIDTH` x `HEIGHT` units, scaled by the page), so that text has
+the same size in all of them and stays readable on a phone.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 420, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 40
+WIDTH, HEIGHT = 420, 230
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 40, 40
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,7 @@ def keep_curve(
     """
     lines = []
     for source, values in shares.items():
-        points = [
-            (_x(x, 0, 1), _y(y, 0, 1)) for x, y in zip(thresholds, values, strict=True)
-        ]
+        points = [(_x(x, 0, 1), _y(y, 0, 1)) for x, y in zip(thresholds, values, strict=True)]
         lines.append(Line(source, source, _path(points)))
     step = max(len(thresholds) // 40, 1)
     width = (WIDTH - LEFT - RIGHT) * step / max(len(thresholds) - 1, 1)
@@ -213,7 +211,10 @@ def curve(title: str, x_name: str, x: Sequence[float], y: Sequence[float]) -> Ch
         title,
         f"{title}: from {y[0]:.3g} to {y[-1]:.3g} over {x_name} {_plain(first)} to {_plain(last)}",
         x_name,
-        [Tick(_x(value, first, last), short(value)) for value in ticks(first, last, 5, inside=True)],
+        [
+            Tick(_x(value, first, last), short(value))
+            for value in ticks(first, last, 5, inside=True)
+        ],
         [Tick(_y(value, low, high), _plain(value)) for value in y_values],
         [],
         lines,

@@ -242,7 +242,7 @@ class LabelStore:
         """
         labels = [
             parse(line, f"line {number}")
-            for number, line in enumerate(text.splitlines(), start=1)
+            for number, line in enumerate(text.split("\n"), start=1)
             if line.strip()
         ]
         with self._lock:
@@ -302,7 +302,7 @@ class LabelStore:
             return
         data = data[: data.rfind(b"\n") + 1]  # the rest is not finished
         tail.offset += len(data)
-        for raw in data.splitlines():
+        for raw in data.split(b"\n")[:-1]:
             tail.line += 1
             label = self._parse_or_skip(raw, f"{path}, line {tail.line}")
             if label is not None:
@@ -335,7 +335,7 @@ class LabelStore:
 def _whole_labels(path: Path) -> Iterator[Label]:
     """The labels of a file, without what is no label."""
     data = path.read_bytes()
-    for number, raw in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, raw in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             yield parse(raw.decode(), f"{path}, line {number}")
         except (InputError, UnicodeDecodeError):

@@ -1,7 +1,7 @@
-"""What the report and `inspect --text` read off a run's tables: counts, histograms, samples of pairs.
+"""What the report and `inspect --text` read off a run's tables: counts, histograms, samples.
 
-Everything goes shard by shard over narrow columns, so that memory stays that of one shard without its
-pictures; pictures are read only for the pairs that were chosen, in small batches.
+Everything goes shard by shard over narrow columns, so that memory stays that of one shard without
+its pictures; pictures are read only for the pairs that were chosen, in small batches.
 """
 
 import zlib
@@ -26,7 +26,7 @@ BELOW_THRESHOLD = ("itm_below_threshold", "itc_below_threshold")
 NO_PICTURE = ("download_failed", "image_unreadable", "image_too_small", "image_too_large")
 
 ITM_BINS = 200
-"""Fine bins over 0..1: a keep curve with a point every 0.005, merged to 20 bars for the histogram."""
+"""Fine bins over 0..1: a keep curve with a point every 0.005, merged to 20 histogram bars."""
 ITC_BINS = 80
 """Fine bins over -1..1, cropped to those in use for the histogram."""
 
@@ -142,7 +142,7 @@ def decided_shards(run: RunDir) -> Iterator[DecidedShard]:
     """Streams the scores and reasons of every decided shard, in the order of their names.
 
     Raises:
-        InputError: a table is missing, or scores and decisions of a shard don't hold the same pairs.
+        InputError: a table is missing, or a shard's scores and decisions hold other pairs.
     """
     for name in run.shards("decisions"):
         table = _joined(Shard(run, name), ["source", "itm_prob", "itc_sim"])

@@ -1,10 +1,12 @@
 """Caption generation with MED's decoder: greedy, nucleus, top-k and beam search.
 
-The cross-attention's keys and values are computed once an image and are never copied or reordered: all rows of one
-image (its captions, or its beams) ask them together. An image leaves the batch when its captions have ended. Random
-draws are keyed by (seed, pair id, step), so a caption depends neither on the batch nor on the order.
+The cross-attention's keys and values are computed once an image and are never copied or reordered:
+all rows of one image (its captions, or its beams) ask them together. An image leaves the batch when
+its captions have ended. Random draws are keyed by (seed, pair id, step), so a caption depends
+neither on the batch nor on the order.
 
-Dimensions: B images, n rows an image (captions, or beams), R = B * n rows in image order, L tokens so far, v vocabulary in use.
+Dimensions: B images, n rows an image (captions, or beams), R = B * n rows in image order,
+L tokens so far, v vocabulary in use.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class Generated:
 
     Attributes:
         token_ids: what follows the prompt, without `[SEP]`.
-        logprob: sum of the model's own log-probabilities of the generated tokens, `[SEP]` included: before
-            temperature, penalty and truncation, over the vocabulary in use.
+        logprob: sum of the model's own log-probabilities of the generated tokens, `[SEP]` included:
+            before temperature, penalty and truncation, over the vocabulary in use.
     """
 
     token_ids: list[int]
@@ -65,8 +67,8 @@ def generate(
 ) -> list[Generated]:
     """Write captions for a batch of images.
 
-    The settings mean what they mean in transformers: the penalty covers prompt and caption, top-k comes before
-    top-p, and beam search is its beam search with `early_stopping=False`.
+    The settings mean what they mean in transformers: the penalty covers prompt and caption, top-k
+    comes before top-p, and beam search is its beam search with `early_stopping=False`.
 
     Args:
         model: in evaluation mode.
@@ -84,7 +86,8 @@ def generate(
         num_beams: of beam search.
         length_penalty: beam search divides a text's score by its length to this power.
         captions_per_image: with nucleus and top-k only.
-        vocab_ids: `[v]` int64, sorted: the tokens that may be written; None for all. Must hold `[SEP]`.
+        vocab_ids: `[v]` int64, sorted: the tokens that may be written; None for all. Must hold
+            `[SEP]`.
 
     Returns:
         B * captions_per_image captions, in image order.
@@ -97,7 +100,10 @@ def generate(
     if model.training:
         raise ValueError("generate() needs a model in evaluation mode; call model.eval()")
     if method in ("greedy", "beam") and captions_per_image != 1:
-        raise ConfigError(f"captions_per_image: {method} gives one caption an image; use nucleus or top_k for more")
+        raise ConfigError(
+            f"captions_per_image: {method} gives one caption an image; "
+            "use nucleus or top_k for more"
+        )
     if method in ("nucleus", "top_k"):
         if pair_ids is None or len(pair_ids) != rows:
             raise ValueError(f"{method} needs {rows} pair_ids, one a caption")
@@ -106,10 +112,13 @@ def generate(
         if method == "top_k" and top_k is None:
             raise ConfigError("top_k: the method top_k needs a number of tokens")
         if temperature <= 0.0:
-            raise ConfigError(f"temperature: {temperature} is not above 0; use the method greedy instead")
+            raise ConfigError(
+                f"temperature: {temperature} is not above 0; use the method greedy instead"
+            )
     if len(prompt_ids) >= max_length:
         raise ConfigError(
-            f"max_length: {max_length} tokens leave no room after a prompt of {len(prompt_ids)}; raise max_length"
+            f"max_length: {max_length} tokens leave no room after a prompt of {len(prompt_ids)}; "
+            "raise max_length"
         )
     if list(prompt_ids[:1]) != [DEC_ID] and model.config.vocab_size > DEC_ID:
         raise ValueError("the prompt must start with [DEC]")
@@ -157,17 +166,26 @@ class _Rules:
         if self.sep < 0:
             raise ConfigError("vocab_ids: [SEP] (102) must be among them, else no caption can end")
 
-    def start(self, cross_kv: CrossKeysValues, rows_per_image: int) -> tuple[Tensor, list[KeysValues], Tensor]:
-        """Run the prompt once an image: logits `[B, v]`, the cache of R rows, and the tokens seen `[R, v]`."""
+    def start(
+        self, cross_kv: CrossKeysValues, rows_per_image: int
+    ) -> tuple[Tensor, list[KeysValues], Tensor]:
+        """Run the prompt once an image.
+
+        Returns:
+            Logits `[B, v]`, the cache of R rows, and the tokens seen `[R, v]`.
+        """
         images = cross_kv[0][0].shape[0]
         logits, past = self.model.decode_step(
             self.prompt.expand(images, -1), None, cross_kv, vocab_ids=self.vocab_ids
         )
         if rows_per_image > 1:
             past = [
-                (k.repeat_interleave(rows_per_image, 0), v.repeat_interleave(rows_per_image, 0)) for k, v in past
+                (k.repeat_interleave(rows_per_image, 0), v.repeat_interleave(rows_per_image, 0))
+                for k, v in past
             ]
-        seen = torch.zeros(images * rows_per_image, len(self.ids), dtype=torch.bool, device=self.device)
+        seen = torch.zeros(
+            images * rows_per_image, len(self.ids), dtype=torch.bool, device=self.device
+        )
         known = self.place[self.prompt]
         seen[:, known[known >= 0]] = True
         return logits.float(), past, seen
@@ -175,14 +193,14 @@ class _Rules:
     def step(
         self, tokens: Tensor, past: list[KeysValues], cross_kv: CrossKeysValues
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Read the newest token of each row `[R]` (places in the vocabulary in use): logits `[R, v]`."""
+        """Read the newest token of each row `[R]` (its place in the vocabulary in use)."""
         logits, past = self.model.decode_step(
             self.ids[tokens][:, None], past, cross_kv, vocab_ids=self.vocab_ids
         )
         return logits.float(), past
 
     def apply(self, scores: Tensor, seen: Tensor, length: int) -> Tensor:
-        """Repetition penalty and minimum length on `[R, v]` logits, or log-probabilities for beam search."""
+        """Penalise repetition and hold `[SEP]` back, on `[R, v]` logits or log-probabilities."""
         if self.penalty != 1.0:
             punished = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
             scores = torch.where(seen, punished, scores)
@@ -192,7 +210,9 @@ class _Rules:
         return scores
 
 
-def _draw(scores: Tensor, numbers: Tensor, top_p: float, top_k: int | None, temperature: float) -> Tensor:
+def _draw(
+    scores: Tensor, numbers: Tensor, top_p: float, top_k: int | None, temperature: float
+) -> Tensor:
     """Pick one token a row by inverting the cumulative distribution at a number in [0, 1).
 
     Args:
@@ -212,8 +232,8 @@ def _draw(scores: Tensor, numbers: Tensor, top_p: float, top_k: int | None, temp
         ordered, index = scores.sort(dim=1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=1)
     before = probabilities.cumsum(1) - probabilities
-    # a token stays while those before it hold less than top_p: the one that crosses the line is in, as in the paper
-    # on nucleus sampling
+    # a token stays while those before it hold less than top_p: the one that crosses the line is in,
+    # as in the paper on nucleus sampling
     kept = torch.where(before < top_p, probabilities, 0.0)
     cumulative = kept.cumsum(1)
     target = numbers[:, None] * cumulative[:, -1:]
@@ -248,7 +268,9 @@ def _sample(
             chosen = scores.argmax(1)
         else:
             step = length - len(rules.prompt)
-            numbers = torch.tensor([uniform(seed, pair_ids[row], step) for row in rows], dtype=torch.float64)
+            numbers = torch.tensor(
+                [uniform(seed, pair_ids[row], step) for row in rows], dtype=torch.float64
+            )
             chosen = _draw(scores, numbers.to(rules.device), top_p, top_k, temperature)
         taken = logits.log_softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
         for row, place, token, logprob in zip(
@@ -293,7 +315,8 @@ def _beam_search(
     n = num_beams
     images = list(range(len(logits)))
     finished: list[list[_Finished]] = [[] for _ in images]
-    # tokens (places) of every live beam, in the order of `images`; all start from one beam, the prompt
+    # tokens (places) of every live beam, in the order of `images`; all start from one beam, the
+    # prompt
     texts: list[list[list[int]]] = [[[] for _ in range(n)] for _ in images]
     model_logprobs = torch.zeros(len(images), n, device=rules.device)
     beam_scores = torch.full((len(images), n), -1e9, device=rules.device)
@@ -303,8 +326,12 @@ def _beam_search(
     vocabulary = len(rules.ids)
     for length in range(prompt_length, rules.max_length):
         plain = logits.log_softmax(1)
-        scores = rules.apply(plain, seen, length).view(len(images), n, vocabulary) + beam_scores[:, :, None]
-        # twice as many candidates as beams: at most one in a beam is [SEP], so enough of them can go on
+        scores = (
+            rules.apply(plain, seen, length).view(len(images), n, vocabulary)
+            + beam_scores[:, :, None]
+        )
+        # twice as many candidates as beams: at most one in a beam is [SEP], so enough of them can
+        # go on
         best, index = scores.flatten(1).topk(min(2 * n, n * vocabulary), dim=1)
         beam, token = index // vocabulary, index % vocabulary
         flat = (torch.arange(len(images), device=rules.device) * n)[:, None] + beam
@@ -327,13 +354,16 @@ def _beam_search(
                     if rank < n and score > -1e8:
                         text = texts[i][row_beam[rank]] + ([] if ends else [row_token[rank]])
                         caption = Generated(text, row_taken[rank])
-                        finished[image].append(_Finished(score / generated**length_penalty, caption))
+                        finished[image].append(
+                            _Finished(score / generated**length_penalty, caption)
+                        )
                 elif len(going) < n:
                     going.append(rank)
             finished[image] = sorted(finished[image], key=lambda f: -f.score)[:n]
             if at_end:
                 continue
-            # transformers' rule: go on while the best live beam, at this length, beats the worst finished text
+            # transformers' rule: go on while the best live beam, at this length, beats the worst
+            # finished text
             best_live = row_best[going[0]] / generated**length_penalty
             if len(finished[image]) < n or best_live > finished[image][-1].score:
                 stay.append(i)
@@ -358,6 +388,8 @@ def _beam_search(
     captions = []
     for hypotheses in finished:
         winner = hypotheses[0].caption
-        ids = rules.ids[torch.tensor(winner.token_ids, dtype=torch.long, device=rules.device)].tolist()
+        ids = rules.ids[
+            torch.tensor(winner.token_ids, dtype=torch.long, device=rules.device)
+        ].tolist()
         captions.append(Generated(ids, winner.logprob))
     return captions

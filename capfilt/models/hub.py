@@ -1,7 +1,8 @@
-"""BLIP's public checkpoints in and out: transformers' format, and the key names of the original release.
+"""BLIP's public checkpoints in and out: transformers' format, and the original release's names.
 
-One table of names serves both directions. What a checkpoint does not hold (a captioner has no ITM head) keeps its random
-start; the self-attention of the text tower that is absent starts as a copy of the other's.
+One table of names serves both directions. What a checkpoint does not hold (a captioner has no ITM
+head) keeps its random start; the self-attention of the text tower that is absent starts as a copy
+of the other's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ ARCHITECTURES: dict[str, Kind] = {
 }
 # Tables of position numbers, and output weights that are tied to ones that are read anyway.
 _REDUNDANT = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-# The original release also stores the momentum encoders and the queues; a training resumes without them.
+# The original release also stores the momentum encoders and the queues; a training resumes without
+# them.
 _MOMENTUM = (
     "visual_encoder_m.",
     "text_encoder_m.",
@@ -49,14 +51,16 @@ _MOMENTUM = (
 
 
 class Entry(NamedTuple):
-    """One of MED's tensors, and the checkpoint's tensors that make it up (joined along the first dimension)."""
+    """One of MED's tensors, and the checkpoint's tensors that make it up (joined along dim 0)."""
 
     ours: str
     theirs: tuple[str, ...]
 
 
 def _both(ours: str, *theirs: str) -> list[Entry]:
-    return [Entry(f"{ours}.{part}", tuple(f"{t}.{part}" for t in theirs)) for part in ("weight", "bias")]
+    return [
+        Entry(f"{ours}.{part}", tuple(f"{t}.{part}" for t in theirs)) for part in ("weight", "bias")
+    ]
 
 
 def _vision_names(depth: int, original: bool) -> list[Entry]:
@@ -72,7 +76,14 @@ def _vision_names(depth: int, original: bool) -> list[Entry]:
             "embeddings.patch_embedding",
             "post_layernorm",
         )
-        inner = ("layer_norm1", "self_attn.qkv", "self_attn.projection", "layer_norm2", "mlp.fc1", "mlp.fc2")
+        inner = (
+            "layer_norm1",
+            "self_attn.qkv",
+            "self_attn.projection",
+            "layer_norm2",
+            "mlp.fc1",
+            "mlp.fc2",
+        )
     entries = [
         Entry("vision.cls_token", (f"{root}.{top[0]}",)),
         Entry("vision.pos_embed", (f"{root}.{top[1]}",)),
@@ -88,14 +99,21 @@ def _vision_names(depth: int, original: bool) -> list[Entry]:
 def _text_names(tower: str, depth: int, root: str) -> list[Entry]:
     entries = [
         Entry(f"{tower}.embeddings.word.weight", (f"{root}embeddings.word_embeddings.weight",)),
-        Entry(f"{tower}.embeddings.position.weight", (f"{root}embeddings.position_embeddings.weight",)),
+        Entry(
+            f"{tower}.embeddings.position.weight", (f"{root}embeddings.position_embeddings.weight",)
+        ),
         *_both(f"{tower}.embeddings.norm", f"{root}embeddings.LayerNorm"),
     ]
     for i in range(depth):
         ours, theirs = f"{tower}.layers.{i}.", f"{root}encoder.layer.{i}."
         own, cross = theirs + "attention.", theirs + "crossattention."
         entries += [
-            *_both(ours + "self_attention.qkv", own + "self.query", own + "self.key", own + "self.value"),
+            *_both(
+                ours + "self_attention.qkv",
+                own + "self.query",
+                own + "self.key",
+                own + "self.value",
+            ),
             *_both(ours + "self_attention.out", own + "output.dense"),
             *_both(ours + "self_attention.norm", own + "output.LayerNorm"),
             *_both(ours + "cross_attention.query", cross + "self.query"),
@@ -114,8 +132,9 @@ def names(config: MEDConfig, kind: Kind, original: bool = False) -> list[Entry]:
 
     Args:
         config: for the depths.
-        kind: `captioner` (vision, decoder), `matcher` (vision, encoder, ITC and ITM heads), `blip_model`
-            (vision, encoder, ITC heads) or `pretrained` (everything; in the original release only).
+        kind: `captioner` (vision, decoder), `matcher` (vision, encoder, ITC and ITM heads),
+            `blip_model` (vision, encoder, ITC heads) or `pretrained` (everything; in the original
+            release only).
         original: the key names of the original release instead of transformers'.
     """
     entries = _vision_names(config.vision_depth, original)
@@ -145,11 +164,13 @@ def names(config: MEDConfig, kind: Kind, original: bool = False) -> list[Entry]:
 def _read_config(folder: Path) -> MEDConfig:
     from transformers import BlipConfig
 
-    blip = BlipConfig.from_pretrained(folder)
+    blip: Any = BlipConfig.from_pretrained(folder)
     text, vision = blip.text_config, blip.vision_config
     for where, act in (("text_config", text.hidden_act), ("vision_config", vision.hidden_act)):
         if act != "gelu":
-            raise InputError(f"{folder / 'config.json'}: {where}.hidden_act is {act!r}; MED computes gelu")
+            raise InputError(
+                f"{folder / 'config.json'}: {where}.hidden_act is {act!r}; MED computes gelu"
+            )
     return MEDConfig(
         image_size_px=int(vision.image_size),
         patch_size=int(vision.patch_size),
@@ -171,8 +192,12 @@ def _read_config(folder: Path) -> MEDConfig:
 
 
 def _infer_config(state: Mapping[str, Tensor], where: Path) -> MEDConfig:
-    """The shapes of an original checkpoint, which comes without a config; heads are 64 wide, as in the release."""
-    root = "text_decoder.bert." if "text_decoder.bert.embeddings.LayerNorm.weight" in state else "text_encoder."
+    """The shapes of an original checkpoint, which has no config; heads are 64 wide, as released."""
+    root = (
+        "text_decoder.bert."
+        if "text_decoder.bert.embeddings.LayerNorm.weight" in state
+        else "text_encoder."
+    )
     try:
         patch = state["visual_encoder.patch_embed.proj.weight"]
         positions = state["visual_encoder.pos_embed"]
@@ -187,12 +212,20 @@ def _infer_config(state: Mapping[str, Tensor], where: Path) -> MEDConfig:
         image_size_px=math.isqrt(positions.shape[1] - 1) * patch.shape[-1],
         patch_size=patch.shape[-1],
         vision_width=patch.shape[0],
-        vision_depth=len({k.split(".")[2] for k in state if k.startswith("visual_encoder.blocks.")}),
+        vision_depth=len(
+            {k.split(".")[2] for k in state if k.startswith("visual_encoder.blocks.")}
+        ),
         vision_heads=max(1, patch.shape[0] // 64),
         vision_mlp_width=len(mlp),
         vocab_size=len(words),
         text_width=words.shape[1],
-        text_depth=len({k.split("layer.")[1].split(".")[0] for k in state if k.startswith(f"{root}encoder.layer.")}),
+        text_depth=len(
+            {
+                k.split("layer.")[1].split(".")[0]
+                for k in state
+                if k.startswith(f"{root}encoder.layer.")
+            }
+        ),
         text_heads=max(1, words.shape[1] // 64),
         text_ffn_width=len(ffn),
         max_positions=max_positions,
@@ -223,8 +256,8 @@ def load(
 
     Args:
         name_or_folder: a folder of capfilt's; a folder or a name on the Hugging Face hub of a
-            `BlipForConditionalGeneration`, `BlipForImageTextRetrieval` or `BlipModel`; or a `.pth` of the original
-            release.
+            `BlipForConditionalGeneration`, `BlipForImageTextRetrieval` or `BlipModel`; or a `.pth`
+            of the original release.
         kind: what the checkpoint must be; None: whatever its keys say.
         image_size_px: side of the images; positions are interpolated. None: the checkpoint's.
         config: overrides what is read from the checkpoint or inferred from its shapes.
@@ -233,20 +266,23 @@ def load(
         The model. BLIP's checkpoints give `sharing="all_but_self_attention"`.
 
     Raises:
-        InputError: it is not found, or keys are unknown, missing or of another shape; the message lists them.
+        InputError: it is not found, or keys are unknown, missing or of another shape; the message
+            lists them.
     """
     folder = Path(name_or_folder)
     if (folder / "config.json").is_file():
         try:
-            own = json.loads((folder / "config.json").read_text()).get("model_type") == "capfilt-med"
+            own = (
+                json.loads((folder / "config.json").read_text()).get("model_type") == "capfilt-med"
+            )
         except json.JSONDecodeError as error:
             raise InputError(f"{folder / 'config.json'}: not JSON ({error})") from None
         if own:
             model = med.load(folder)
             if image_size_px not in (None, model.config.image_size_px):
                 raise InputError(
-                    f"{folder}: image_size_px is {model.config.image_size_px}, not {image_size_px}; "
-                    "use med.load and interpolate, or train at this size"
+                    f"{folder}: image_size_px is {model.config.image_size_px}, not {image_size_px}: "
+                    "a model of capfilt's keeps the size that it was trained at"
                 )
             return model
     path, state = read_weights(name_or_folder)
@@ -260,7 +296,9 @@ def load(
     if kind is not None and kind != found:
         raise InputError(f"{path}: this is a {found}, not a {kind}")
     if found == "pretrained" and not original:
-        raise InputError(f"{path}: a BlipForQuestionAnswering has no place in MED; use a captioner or a matcher")
+        raise InputError(
+            f"{path}: a BlipForQuestionAnswering has no place in MED; use a captioner or a matcher"
+        )
     if config is None:
         config = _infer_config(state, path) if original else _read_config(path.parent)
     if found == "blip_model":
@@ -270,35 +308,12 @@ def load(
     if image_size_px is not None:
         config = replace(config, image_size_px=image_size_px)
     model = MED(config)
-    assert isinstance(model.vision, ViT)
-
-    table = names(config, found, original)
-    position_names = next(e.theirs[0] for e in table if e.ours == "vision.pos_embed")
-    if (positions := state.get(position_names)) is not None and positions.dim() == 3:
-        state[position_names] = interpolate_positions(positions, config.image_size_px // config.patch_size)
-    own_state = model.state_dict()
-    wanted: dict[str, tuple[int, ...]] = {}
-    for entry in table:
-        shape = tuple(own_state[entry.ours].shape)
-        for name in entry.theirs:
-            wanted[name] = (shape[0] // len(entry.theirs), *shape[1:]) if len(entry.theirs) > 1 else shape
-    check_keys(wanted, state, str(path))
-    filled: dict[int, Entry] = {}
-    for entry in table:
-        parts = [state[name] for name in entry.theirs]
-        target, value = own_state[entry.ours], parts[0] if len(parts) == 1 else torch.cat(parts)
-        # encoder and decoder of a pretrained checkpoint name what they share twice
-        if (twin := filled.setdefault(target.data_ptr(), entry)) is not entry:
-            if not torch.equal(target, value.to(target.dtype)):
-                raise InputError(
-                    f"{path}: {twin.theirs[0]} and {entry.theirs[0]} differ, but sharing is {config.sharing!r}; "
-                    "pass a config with sharing='none'"
-                )
-            continue
-        target.copy_(value)
+    _copy(names(config, found, original), state, model, str(path))
     if found in ("captioner", "matcher", "blip_model"):
         source, target_tower = (
-            (model.decoder, model.encoder) if found == "captioner" else (model.encoder, model.decoder)
+            (model.decoder, model.encoder)
+            if found == "captioner"
+            else (model.encoder, model.decoder)
         )
         target_tower.load_state_dict(source.state_dict())
         log.info("%s: a %s; the other text tower's self-attention starts as a copy", path, found)
@@ -311,6 +326,88 @@ def load(
     return model.eval()
 
 
+def init_vit(model: MED, name_or_folder: str | Path) -> None:
+    """Start the ViT from weights trained elsewhere, of the same shape; positions are interpolated.
+
+    Args:
+        model: with a ViT; filled in place.
+        name_or_folder: a folder, file or hub name that holds a ViT under transformers' `ViTModel`
+            names, under timm's (DeiT's release), or inside a BLIP checkpoint.
+
+    Raises:
+        InputError: the weights are missing or don't fit; the message lists the keys.
+    """
+    if not isinstance(model.vision, ViT):
+        raise ConfigError(f"image_tower: {model.config.image_tower} takes no ViT weights")
+    path, state = read_weights(name_or_folder)
+    depth = model.config.vision_depth
+    state = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
+    if "embeddings.cls_token" in state:
+        table = _vit_model_names(depth)
+        dropped: tuple[str, ...] = ("pooler.", "classifier.", "embeddings.mask_token")
+    elif "cls_token" in state:
+        state = {f"visual_encoder.{name}": tensor for name, tensor in state.items()}
+        table = _vision_names(depth, original=True)
+        dropped = ("visual_encoder.head", "visual_encoder.pre_logits.")
+    else:
+        original = any(name.startswith("visual_encoder.") for name in state)
+        root = "visual_encoder." if original else "vision_model."
+        state = {name: tensor for name, tensor in state.items() if name.startswith(root)}
+        table, dropped = _vision_names(depth, original), ()
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
+    _copy(table, state, model, str(path))
+
+
+def _vit_model_names(depth: int) -> list[Entry]:
+    entries = [
+        Entry("vision.cls_token", ("embeddings.cls_token",)),
+        Entry("vision.pos_embed", ("embeddings.position_embeddings",)),
+        *_both("vision.patch_embed", "embeddings.patch_embeddings.projection"),
+        *_both("vision.norm", "layernorm"),
+    ]
+    for i in range(depth):
+        ours, theirs = f"vision.blocks.{i}.", f"encoder.layer.{i}."
+        own = theirs + "attention.attention."
+        entries += [
+            *_both(ours + "norm1", theirs + "layernorm_before"),
+            *_both(ours + "qkv", own + "query", own + "key", own + "value"),
+            *_both(ours + "proj", theirs + "attention.output.dense"),
+            *_both(ours + "norm2", theirs + "layernorm_after"),
+            *_both(ours + "fc1", theirs + "intermediate.dense"),
+            *_both(ours + "fc2", theirs + "output.dense"),
+        ]
+    return entries
+
+
+def _copy(table: list[Entry], state: dict[str, Tensor], model: MED, where: str) -> None:
+    """Fill the model's tensors that the table names; positions are interpolated on the way."""
+    config, own_state = model.config, model.state_dict()
+    positions = next(entry.theirs[0] for entry in table if entry.ours == "vision.pos_embed")
+    if positions in state and state[positions].dim() == 3:
+        grid = config.image_size_px // config.patch_size
+        state = {**state, positions: interpolate_positions(state[positions], grid)}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for entry in table:
+        shape = tuple(own_state[entry.ours].shape)
+        for name in entry.theirs:
+            many = len(entry.theirs)
+            wanted[name] = (shape[0] // many, *shape[1:]) if many > 1 else shape
+    check_keys(wanted, state, where)
+    filled: dict[int, Entry] = {}
+    for entry in table:
+        parts = [state[name] for name in entry.theirs]
+        target, value = own_state[entry.ours], parts[0] if len(parts) == 1 else torch.cat(parts)
+        # encoder and decoder of a pretrained checkpoint name what they share twice
+        if (twin := filled.setdefault(target.data_ptr(), entry)) is not entry:
+            if not torch.equal(target, value.to(target.dtype)):
+                raise InputError(
+                    f"{where}: {twin.theirs[0]} and {entry.theirs[0]} differ, but sharing is "
+                    f"{config.sharing!r}; pass a config with sharing='none'"
+                )
+            continue
+        target.copy_(value)
+
+
 def export_state(model: MED, kind: Kind, original: bool = False) -> dict[str, Tensor]:
     """The model's tensors under a checkpoint's names.
 
@@ -320,7 +417,8 @@ def export_state(model: MED, kind: Kind, original: bool = False) -> dict[str, Te
         original: the key names of the original release instead of transformers'.
 
     Raises:
-        ConfigError: the format has no place for what this model computes; the message lists the fields.
+        ConfigError: the format has no place for what this model computes; the message lists the
+            fields.
     """
     config = model.config
     problems = []
@@ -354,7 +452,7 @@ def export_state(model: MED, kind: Kind, original: bool = False) -> dict[str, Te
 
 
 def save_transformers(model: MED, folder: str | Path, architecture: str) -> None:
-    """Write a folder that transformers loads: `config.json`, `model.safetensors`, `preprocessor_config.json`.
+    """Write a folder that transformers loads: config, weights, and the image processor's config.
 
     Args:
         model: with a ViT and, but for a captioner, linear ITC heads.

@@ -37,7 +37,8 @@ class ImageError(InputError):
 def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture to RGB.
 
-    Transparency is flattened on white, EXIF's orientation applied, and of an animation the first frame is taken.
+    Transparency is flattened on white, EXIF's orientation applied, and of an animation the first
+    frame is taken.
 
     Args:
         data: the encoded file.
@@ -48,11 +49,14 @@ def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns at half of what it refuses; the limit below is ours
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns at half of what it refuses; the limit below is ours
             image: Image.Image = Image.open(io.BytesIO(data))
             if image.width * image.height > max_pixels:
                 raise ImageError(
-                    f"a picture of {image.width} x {image.height} pixels; the limit is {max_pixels} pixels",
+                    f"a picture of {image.width} x {image.height} pixels; "
+                    f"the limit is {max_pixels} pixels",
                     "image_too_large",
                 )
             image.load()
@@ -65,7 +69,9 @@ def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("the picture does not fit into memory", "image_too_large") from None
     except Exception as error:
         # decoders of hostile bytes raise nearly anything: OSError, SyntaxError, struct.error, ...
-        raise ImageError(f"not a readable picture ({type(error).__name__}: {error})", "image_unreadable") from None
+        raise ImageError(
+            f"not a readable picture ({type(error).__name__}: {error})", "image_unreadable"
+        ) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -77,7 +83,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
-        # Pillow clips these at 255 instead of scaling; "I" is how some of its versions open 16-bit PNGs
+        # Pillow clips these at 255 instead of scaling; "I" is how some of its versions open 16-bit
+        # PNGs
         values = np.asarray(image, dtype=np.float64)
         if image.mode != "F" or values.max(initial=0.0) > 255.0:
             values = values / 257.0
@@ -102,7 +109,8 @@ def pixels(images: Sequence[Image.Image], size_px: int, image_tower: str) -> Ten
     Args:
         images: B pictures, RGB; squashed to S x S where they aren't.
         size_px: S.
-        image_tower: `vit` (CLIP's mean and standard deviation) or `efficientnet_lite` ((x - 127) / 128).
+        image_tower: `vit` (CLIP's mean and standard deviation) or `efficientnet_lite` ((x - 127) /
+            128).
 
     Returns:
         `[B, 3, S, S]` float32.
@@ -112,7 +120,7 @@ def pixels(images: Sequence[Image.Image], size_px: int, image_tower: str) -> Ten
 
 
 def normalise(values: Tensor, image_tower: str) -> Tensor:
-    """Grey levels `[B, S, S, 3]` uint8 to normalised pixels `[B, 3, S, S]` float32; see `pixels`."""
+    """Grey levels `[B, S, S, 3]` uint8 to pixels `[B, 3, S, S]` float32; see `pixels`."""
     scaled = values.permute(0, 3, 1, 2).float()
     if image_tower == "efficientnet_lite":
         return (scaled - 127.0) / 128.0
@@ -125,7 +133,10 @@ def normalise(values: Tensor, image_tower: str) -> Tensor:
 
 
 def augment(
-    image: Image.Image, rng: np.random.Generator, size_px: int, scale: tuple[float, float] = (0.5, 1.0)
+    image: Image.Image,
+    rng: np.random.Generator,
+    size_px: int,
+    scale: tuple[float, float] = (0.5, 1.0),
 ) -> Image.Image:
     """The training transform: random resized crop, flip, RandAugment(2, 5).
 
@@ -133,7 +144,8 @@ def augment(
         image: RGB.
         rng: where all randomness comes from.
         size_px: S.
-        scale: share of the area that the crop keeps: from 0.5 in fine-tuning, from 0.2 in pretraining.
+        scale: share of the area that the crop keeps: from 0.5 in fine-tuning, from 0.2 in
+            pretraining.
 
     Returns:
         S x S, RGB.
@@ -147,7 +159,7 @@ def augment(
 def random_resized_crop(
     image: Image.Image, rng: np.random.Generator, size_px: int, scale: tuple[float, float]
 ) -> Image.Image:
-    """Crop a random part with an aspect ratio between 3:4 and 4:3 and resize it to S x S, bicubic."""
+    """Crop a random part, 3:4 to 4:3 in aspect, and resize it to S x S, bicubic."""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -210,7 +222,9 @@ def rand_augment(
         elif name == "translate_y":
             image = _affine(image, (1.0, 0.0, 0.0, 0.0, 1.0, sign * 10.0 * level))
         elif name == "rotate":
-            image = image.rotate(sign * 30.0 * level, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+            image = image.rotate(
+                sign * 30.0 * level, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
+            )
     return image
 
 

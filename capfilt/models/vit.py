@@ -1,6 +1,7 @@
-"""The vision transformer of BLIP (paper, section 3.1): pre-norm blocks, a `[CLS]` token, learned positions.
+"""The vision transformer of BLIP (paper, section 3.1): pre-norm blocks and a `[CLS]` token.
 
-Dimensions: B batch, S image side in pixels, G = S / patch_size, P = 1 + G * G image tokens, D width, H heads.
+Dimensions: B batch, S image side in pixels, G = S / patch_size, P = 1 + G * G image tokens,
+D width, H heads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def interpolate_positions(positions: Tensor, grid: int) -> Tensor:
-    """Resize a table of learned positions to another square grid (bicubic), leaving the `[CLS]` row.
+    """Resize a table of learned positions to another square grid (bicubic); `[CLS]` keeps its row.
 
     Args:
         positions: `[1, 1 + G * G, D]`.
@@ -45,13 +46,17 @@ class DropPath(nn.Module):
             return branch
         keep = 1.0 - self.probability
         shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
-        return branch * (torch.empty(shape, device=branch.device).bernoulli_(keep) / keep).to(branch.dtype)
+        return branch * (torch.empty(shape, device=branch.device).bernoulli_(keep) / keep).to(
+            branch.dtype
+        )
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, eps: float, drop_path: float) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, eps: float, drop_path: float
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=eps)
@@ -67,13 +72,15 @@ class Block(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        attended = (
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        )
         x = x + self.drop_path(self.proj(attended))
         return x + self.drop_path(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
 class ViT(nn.Module):
-    """Vision transformer: `[B, 3, S, S]` pixels to `[B, 1 + G * G, D]` tokens, the first of them `[CLS]`."""
+    """Vision transformer: pixels `[B, 3, S, S]` to tokens `[B, 1 + G * G, D]`, `[CLS]` first."""
 
     def __init__(
         self,
@@ -95,7 +102,9 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, width))
         # the rate grows linearly with depth, as in the released code
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, layer_norm_eps, r) for r in rates)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_width, layer_norm_eps, r) for r in rates
+        )
         self.norm = nn.LayerNorm(width, eps=layer_norm_eps)
         self.gradient_checkpointing = False
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -109,7 +118,8 @@ class ViT(nn.Module):
         """Encode normalised pixels.
 
         Args:
-            pixel_values: `[B, 3, S, S]`; S any multiple of the patch size: positions are interpolated.
+            pixel_values: `[B, 3, S, S]`; S any multiple of the patch size: positions are
+                interpolated.
 
         Returns:
             `[B, 1 + G * G, D]` after the last LayerNorm.
@@ -117,7 +127,9 @@ class ViT(nn.Module):
         patches = self.patch_embed(pixel_values)
         grid = patches.shape[-1]
         patches = patches.flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+        x = torch.cat(
+            [self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1
+        )
         x = x + interpolate_positions(self.pos_embed, grid).to(x.dtype)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:

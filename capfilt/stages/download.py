@@ -245,7 +245,10 @@ class _Fetch:
         plan = {"fingerprint": self._fingerprint(), "shards": shards}
         self.plan.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
         log.info(
-            "img2dataset fetches %d URLs in %d shards; its log is %s", len(urls), len(shards), self.log
+            "img2dataset fetches %d URLs in %d shards; its log is %s",
+            len(urls),
+            len(shards),
+            self.log,
         )
         code = run_img2dataset(
             {
@@ -266,7 +269,8 @@ class _Fetch:
                 "resize_mode": "no",
                 "extract_exif": True,
                 "compute_hash": None,
-                "incremental_mode": "overwrite",
+                # the folder is fresh; "overwrite" would delete img2dataset's own scratch folder
+                "incremental_mode": "incremental",
             },
             self.log,
         )
@@ -280,7 +284,9 @@ class _Fetch:
         first = int(shard.rsplit("-", 1)[1]) * download.shard_size
         limits = Limits(download.min_side_px, download.max_area_px, download.max_side_px)
         count = listed.num_rows
-        urls = [None if url is None else str(url) for url in _column(listed, self.listed.url_column)]
+        urls = [
+            None if url is None else str(url) for url in _column(listed, self.listed.url_column)
+        ]
         lost = not_fetched(f"img2dataset lost this row; see {self.log.name}")
         pictures = [lost] * count
         exif: list[str | None] = [None] * count

@@ -1,4 +1,4 @@
-"""`export`: the kept pairs as Parquet shards, which `datasets`, DuckDB and Polars read as they are."""
+"""`export`: the kept pairs as Parquet that `datasets`, DuckDB and Polars read as it is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -105,7 +105,9 @@ def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise InputError(f"{yaml_key}: {path}, line {number} is not JSON: {error}") from None
+                raise InputError(
+                    f"{yaml_key}: {path}, line {number} is not JSON: {error}"
+                ) from None
             if not isinstance(row, dict):
                 raise InputError(f"{yaml_key}: {path}, line {number} is not an object: {row!r}")
             for name in row.keys() - columns.keys():
@@ -117,7 +119,9 @@ def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
     made = {}
     for name, values in columns.items():
         if any(isinstance(value, list) for value in values):
-            lists = [value if isinstance(value, list) or value is None else [value] for value in values]
+            lists = [
+                value if isinstance(value, list) or value is None else [value] for value in values
+            ]
             made[name] = pa.array(lists, pa.list_(pa.string()))
         else:
             made[name] = pa.array(values, pa.string())

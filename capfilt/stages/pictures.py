@@ -138,9 +138,7 @@ def own_size_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def in_threads(
-    work: Callable[[Row], Picture], rows: Iterable[Row], threads: int
-) -> list[Picture]:
+def in_threads(work: Callable[[Row], Picture], rows: Iterable[Row], threads: int) -> list[Picture]:
     """`[work(row) for row in rows]` on several threads, the results in order."""
     with own_size_limit(), ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, rows))

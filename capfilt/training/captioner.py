@@ -9,11 +9,12 @@ from torch import Tensor
 
 from capfilt.config import Captioner, Config
 from capfilt.evaluation.captions import caption_scores
+from capfilt.models import folder as model_folder
 from capfilt.models.generation import generate
 from capfilt.models.med import MED
 from capfilt.models.tokens import decode, prompt_ids
 from capfilt.shards import RunDir
-from capfilt.training import model_folder, objectives
+from capfilt.training import objectives
 from capfilt.training.data import Batch, Stream, take_inventory
 from capfilt.training.loop import Progress, train
 

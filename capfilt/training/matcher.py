@@ -10,9 +10,10 @@ from torch import Tensor
 
 from capfilt.config import Config, Matcher
 from capfilt.evaluation.retrieval import recall_at
+from capfilt.models import folder as model_folder
 from capfilt.models.med import MED
 from capfilt.shards import RunDir
-from capfilt.training import model_folder, objectives
+from capfilt.training import objectives
 from capfilt.training.data import Batch, Stream, take_inventory
 from capfilt.training.loop import Progress, train
 from capfilt.training.swaps import WordSwaps

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from capfilt.config import Config, Pretrain
+from capfilt.models import folder as model_folder
 from capfilt.models.med import MED
 from capfilt.shards import RunDir
-from capfilt.training import model_folder, objectives
+from capfilt.training import objectives
 from capfilt.training.data import Batch, Stream, take_inventory
 from capfilt.training.loop import Progress, train
 

@@ -1,0 +1,500 @@
+"""The order of the stages, as plain Python: what `capfilt run` does, and each command a part of it."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capfilt import manifest
+from capfilt.config import Captioner, Config, Matcher
+from capfilt.engine.local import StageResult, run_stage
+from capfilt.errors import InputError, PartialError
+from capfilt.manifest import Identity
+from capfilt.shards import RunDir
+from capfilt.stage import Stage
+
+ORDER = (
+    "download",
+    "ingest",
+    "features",
+    "pretrain",
+    "captioner",
+    "matcher",
+    "caption",
+    "score",
+    "filter",
+    "export",
+    "report",
+)
+"""All steps of a run, in order."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far a step is.
+
+    Attributes:
+        step: one of `ORDER`.
+        done: shards or training steps finished now.
+        total: of them.
+        unit: `shards` or `steps`.
+        note: what else is worth showing.
+        result: set once, when the step is over.
+    """
+
+    step: str
+    done: int
+    total: int
+    unit: str
+    note: str = ""
+    result: StageResult | None = None
+
+
+Report = Callable[[Update], None]
+
+
+def run(
+    config: Config,
+    *,
+    steps: tuple[str, ...] = ORDER,
+    redo: str | None = None,
+    report: Report = lambda update: None,
+) -> list[StageResult]:
+    """Runs steps of a run; what is done already is skipped.
+
+    Args:
+        config: of the run.
+        steps: which ones; all by default.
+        redo: replace this step's work, and that of the steps after it, where it was done with another
+            config.
+        report: told how far each step is.
+
+    Returns:
+        A result for each step.
+
+    Raises:
+        UsageError: inputs are missing, or the folder holds work of another config.
+        PartialError: shards failed; the others are done.
+    """
+    run_dir = RunDir(config.run_dir)
+    replaceable = ORDER[ORDER.index(redo) :] if redo else ()
+    results: list[StageResult] = []
+    for step in ORDER:
+        if step not in steps:
+            continue
+        runner = _RUNNERS[step]
+        result = runner(run_dir, config, step in replaceable, report)
+        if result is None:
+            continue
+        results.append(result)
+        report(Update(step, result.done, result.done, "", result=result))
+        if result.failed:
+            named = "\n".join(f"  {shard}: {what}" for shard, what in result.failed.items())
+            raise PartialError(
+                f"{len(result.failed)} of {result.done + result.skipped + len(result.failed)} shards "
+                f"failed in {step}; the others are done:\n{named}"
+            )
+    return results
+
+
+def device_of(config: Config) -> str:
+    """The device that a config names, `auto` resolved; sets the number of threads."""
+    import torch
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.device != "auto":
+        return config.device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def caches_features(config: Config) -> bool:
+    """Whether the run computes image features once: the small preset with its tower frozen."""
+    return config.model.preset == "small"
+
+
+def _run_tables(
+    stage: Stage, run_dir: RunDir, shards: list[str], config: Config, redo: bool, report: Report
+) -> StageResult:
+    def progress(result: StageResult, done: int, total: int) -> None:
+        rate = result.rows / max(result.seconds, 1e-9)
+        note = f"{result.rows:,} rows, {rate:,.0f}/s"
+        if "kept" in result.counts:
+            note += f", {result.counts['kept'] / max(1, sum(result.counts.values())):.0%} kept"
+        report(Update(stage.name, done, total, "shards", note))
+
+    # a stage that needs no model must not wait for torch
+    device = "cpu" if stage.cheap else device_of(config)
+    return run_stage(stage, run_dir, shards, device=device, redo=redo, progress=progress)
+
+
+def _download(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult | None:
+    if config.web.urls is None:
+        return None
+    from capfilt.stages.download import DownloadStage, list_shards
+
+    stage = DownloadStage(run_dir, config)
+    with _demo_server(config, needed=bool(redo or stage.pending())):
+        return _run_tables(stage, run_dir, list_shards(config), config, redo, report)
+
+
+@contextlib.contextmanager
+def _demo_server(config: Config, needed: bool) -> Iterator[None]:
+    if config.demo is None or not needed:
+        yield
+        return
+    from capfilt.demo import serve
+
+    with serve(config.demo.serve, config.demo.port):
+        yield
+
+
+def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    from capfilt.stages.ingest import IngestStage, list_shards
+
+    results = []
+    for source in ("human", "web"):
+        if source == "web" and config.web.pairs is None:
+            continue
+        stage = IngestStage(run_dir, config, source)
+        shards = list_shards(config, source)
+        results.append(_run_tables(stage, run_dir, shards, config, redo, report))
+    return _merged("ingest", results)
+
+
+def _merged(name: str, results: list[StageResult]) -> StageResult:
+    total = StageResult(name)
+    for result in results:
+        total.done += result.done
+        total.skipped += result.skipped
+        total.failed.update(result.failed)
+        total.rows += result.rows
+        total.seconds += result.seconds
+        for key, value in result.counts.items():
+            total.counts[key] = total.counts.get(key, 0) + value
+    return total
+
+
+def _features(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult | None:
+    if not caches_features(config):
+        return None
+    from capfilt.stages.features import FeaturesStage
+
+    shards = _image_shards(run_dir, ("human", "web"))
+    return _run_tables(FeaturesStage(config.model), run_dir, shards, config, redo, report)
+
+
+def _image_shards(run_dir: RunDir, sources: tuple[str, ...]) -> list[str]:
+    found = run_dir.shards("images", sources)
+    if not found:
+        raise InputError(
+            f"{run_dir.at('images')} holds no finished shards of {' or '.join(sources)} pairs: run "
+            "`capfilt download CONFIG` and `capfilt ingest CONFIG` first, or `capfilt run CONFIG`"
+        )
+    return found
+
+
+def _train(
+    step: str,
+    run_dir: RunDir,
+    config: Config,
+    redo: bool,
+    report: Report,
+    *,
+    sources: tuple[str, ...],
+    deciding: dict[str, Any],
+    weights: dict[str, str],
+    train: Callable[..., dict[str, Any]],
+) -> StageResult:
+    """Trains a model if its folder isn't signed for the same training yet."""
+    upstream = {}
+    tables = ("images", "features") if caches_features(config) else ("images",)
+    for table in tables:
+        prints = []
+        for shard in _image_shards(run_dir, sources):
+            record = manifest.read(run_dir, run_dir.manifest(table, shard))
+            if record is None:
+                raise InputError(
+                    f"{step} reads {table}/{shard}, and it isn't finished: run `capfilt features CONFIG` "
+                    "first, or `capfilt run CONFIG`"
+                )
+            prints.append(record["fingerprint"])
+        upstream[table] = hashlib.sha256(" ".join(prints).encode()).hexdigest()
+    identity = Identity(step, 1, deciding, upstream, weights)
+    path = run_dir.at("models", step, "manifest.json")
+    result = StageResult(step)
+    if manifest.is_done(run_dir, path, identity, stale_is_pending=redo):
+        result.skipped = 1
+        return result
+    folder = Path(run_dir.local("models", step))
+    run_dir.remove(path)
+    start = time.perf_counter()
+
+    def progress(done: int, total: int, values: dict[str, float]) -> None:
+        note = " ".join(f"{name} {value:.3f}" for name, value in values.items() if name != "loss")
+        report(Update(step, done, total, "steps", note))
+
+    found = train(run_dir, config, folder, identity.fingerprint, device_of(config), progress)
+    result.done = 1
+    result.rows = int(found.get("pictures", 0))
+    result.seconds = time.perf_counter() - start
+    manifest.sign(
+        run_dir,
+        path,
+        identity,
+        rows=result.rows,
+        counts={},
+        seconds=result.seconds,
+        extra={"training": found},
+    )
+    _remove_checkpoints(folder)
+    return result
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    from capfilt.training.checkpoint import remove_checkpoints
+
+    remove_checkpoints(folder / "checkpoints")
+    (folder / "best.pt").unlink(missing_ok=True)
+
+
+def _pretrain(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult | None:
+    if config.pretrain is None:
+        return None
+
+    def train(*arguments: Any) -> dict[str, Any]:
+        from capfilt.training.pretrain import pretrain
+
+        return pretrain(*arguments)
+
+    deciding = {
+        "pretrain": manifest.deciding_config(config.pretrain),
+        "model": manifest.deciding_config(config.model),
+        "seed": config.seed,
+    }
+    return _train(
+        "pretrain",
+        run_dir,
+        config,
+        redo,
+        report,
+        sources=("human", "web"),
+        deciding=deciding,
+        weights=_start_weights(config),
+        train=train,
+    )
+
+
+def _captioner(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    def train(*arguments: Any) -> dict[str, Any]:
+        if config.captioner.checkpoint is not None:
+            return _take_checkpoint(config.captioner.checkpoint, arguments[2])
+        from capfilt.training.captioner import finetune_captioner
+
+        return finetune_captioner(*arguments)
+
+    return _finetune("captioner", config.captioner, run_dir, config, redo, report, train)
+
+
+def _matcher(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    def train(*arguments: Any) -> dict[str, Any]:
+        if config.matcher.checkpoint is not None:
+            return _take_checkpoint(config.matcher.checkpoint, arguments[2])
+        from capfilt.training.matcher import finetune_matcher
+
+        return finetune_matcher(*arguments)
+
+    return _finetune("matcher", config.matcher, run_dir, config, redo, report, train)
+
+
+def _finetune(
+    step: str,
+    settings: Matcher | Captioner,
+    run_dir: RunDir,
+    config: Config,
+    redo: bool,
+    report: Report,
+    train: Callable[..., dict[str, Any]],
+) -> StageResult:
+    deciding = {step: manifest.deciding_config(settings), "seed": config.seed}
+    sources: tuple[str, ...] = ("human",)
+    if isinstance(settings, Matcher) and settings.itm.web_negatives:
+        sources = ("human", "web")
+    if settings.checkpoint is not None:
+        weights = _checkpoint_digest(settings.checkpoint)
+    elif settings.init is not None:
+        weights = _checkpoint_digest(settings.init)
+    elif config.pretrain is not None:
+        record = manifest.read(run_dir, run_dir.at("models", "pretrain", "manifest.json"))
+        if record is None:
+            raise InputError(
+                f"finetuning the {step} starts from the run's pretraining, which isn't finished: run "
+                f"`capfilt pretrain CONFIG` first, set {step}.init, or set pretrain: null"
+            )
+        weights = {"pretrain": str(record["fingerprint"])}
+    else:
+        deciding["model"] = manifest.deciding_config(config.model)
+        weights = _start_weights(config)
+    return _train(
+        step,
+        run_dir,
+        config,
+        redo,
+        report,
+        sources=sources,
+        deciding=deciding,
+        weights=weights,
+        train=train,
+    )
+
+
+def _start_weights(config: Config) -> dict[str, str]:
+    """Digests of the pretrained parts that a fresh model starts from."""
+    if config.model.preset != "small":
+        found = {}
+        for name in ("image_weights", "text_weights"):
+            value = getattr(config.model, name)
+            if value is not None:
+                found.update(_checkpoint_digest(value))
+        return found
+    from capfilt.models.med import lite_weights, minilm_folder
+
+    digests = {"image_tower": manifest.file_digest(lite_weights(config.model.lite))}
+    if config.model.text_weights is not None:
+        return {**digests, **_checkpoint_digest(config.model.text_weights)}
+    return {**digests, "text": manifest.file_digest(minilm_folder() / "model.safetensors")}
+
+
+def _checkpoint_digest(name_or_folder: str) -> dict[str, str]:
+    """What tells one checkpoint from another: its files' digests, or a hub name as it is."""
+    folder = Path(name_or_folder)
+    if not folder.exists():
+        return {"hub": name_or_folder}
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise InputError(f"{name_or_folder} holds no weights (model.safetensors or pytorch_model.bin)")
+    return {file.name: manifest.file_digest(file) for file in files}
+
+
+def _take_checkpoint(name_or_folder: str, folder: Path) -> dict[str, Any]:
+    """Copies a checkpoint into the run as it is."""
+    from capfilt.models import folder as model_folder
+
+    model, tokenizer, vocabulary = model_folder.load(name_or_folder)
+    model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
+    return {"checkpoint": name_or_folder, "steps": 0}
+
+
+def _caption(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    from capfilt.stages.caption import CaptionSettings, CaptionStage
+
+    stage = CaptionStage(
+        CaptionSettings(caption=config.caption, prompt=config.captioner.prompt, seed=config.seed),
+        Path(run_dir.local("models", "captioner")),
+        caches_features(config),
+    )
+    return _run_tables(stage, run_dir, _image_shards(run_dir, ("web",)), config, redo, report)
+
+
+def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    from capfilt.stages.score import ScoreStage
+
+    folder = Path(run_dir.local("models", "matcher"))
+    results = []
+    for source in ("human", "web"):
+        stage = ScoreStage(config.score, folder, caches_features(config), source)
+        shards = _image_shards(run_dir, (source,))
+        results.append(_run_tables(stage, run_dir, shards, config, redo, report))
+    return _merged("score", results)
+
+
+def _filter(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    from capfilt.stages.decide import FilterStage
+
+    stage = FilterStage(config.filter, run_dir)
+    shards = _image_shards(run_dir, ("human", "web"))
+    return _run_tables(stage, run_dir, shards, config, redo, report)
+
+
+def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    from capfilt.stages.export import ExportStage
+
+    shards = _image_shards(run_dir, ("human", "web"))
+    return _run_tables(ExportStage(config.export), run_dir, shards, config, redo, report)
+
+
+def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    from capfilt.inspect.report import report_identity
+
+    result = StageResult("report")
+    identity = report_identity(run_dir, config)
+    path = run_dir.at("report.manifest.json")
+    if manifest.is_done(run_dir, path, identity, stale_is_pending=True) and run_dir.exists(
+        run_dir.at("report.html")
+    ):
+        result.skipped = 1
+        return result
+    from capfilt.inspect.report import write_report
+
+    start = time.perf_counter()
+    write_report(run_dir, config)
+    result.done, result.seconds = 1, time.perf_counter() - start
+    manifest.sign(run_dir, path, identity, rows=0, counts={}, seconds=result.seconds)
+    return result
+
+
+_RUNNERS: dict[str, Callable[[RunDir, Config, bool, Report], StageResult | None]] = {
+    "download": _download,
+    "ingest": _ingest,
+    "features": _features,
+    "pretrain": _pretrain,
+    "captioner": _captioner,
+    "matcher": _matcher,
+    "caption": _caption,
+    "score": _score,
+    "filter": _filter,
+    "export": _export,
+    "report": _report,
+}
+
+
+def status(config: Config) -> dict[str, Any]:
+    """What a run holds, from its manifests alone."""
+    run_dir = RunDir(config.run_dir)
+    tables = {}
+    for table in ("images", "features", "captions", "scores", "decisions", "export"):
+        shards = run_dir.shards(table)
+        rows, seconds, counts = 0, 0.0, dict[str, int]()
+        for shard in shards:
+            record = manifest.read(run_dir, run_dir.manifest(table, shard))
+            if record is None:
+                continue
+            rows += record["rows"]
+            seconds += record["seconds"]
+            for name, count in record["counts"].items():
+                counts[name] = counts.get(name, 0) + count
+        tables[table] = {
+            "shards": len(shards),
+            "rows": rows,
+            "seconds": round(seconds, 1),
+            "counts": counts,
+        }
+    models = {}
+    for name in ("pretrain", "captioner", "matcher"):
+        record = manifest.read(run_dir, run_dir.at("models", name, "manifest.json"))
+        if record is not None:
+            models[name] = {"seconds": record["seconds"], **record.get("training", {})}
+    page = run_dir.at("report.html")
+    return {
+        "run_dir": config.run_dir,
+        "tables": tables,
+        "models": models,
+        "report": page if run_dir.exists(page) else None,
+    }
+
+
