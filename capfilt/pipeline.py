@@ -161,7 +161,7 @@ def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     for source in ("human", "web"):
         if source == "web" and config.web.pairs is None:
             continue
-        stage = IngestStage(run_dir, config, source)
+        stage = IngestStage(config, source)
         shards = list_shards(config, source)
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
     return _merged("ingest", results)

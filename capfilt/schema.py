@@ -110,6 +110,8 @@ EXPORT = pa.schema(
             "image",
             pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())]),
             "datasets' Image feature: decodes to a PIL image",
+            # never null (export sees to it), but `datasets` knows the feature only when nullable
+            nullable=True,
         ),
         _field("caption", pa.string(), "the text"),
         _field("source", pa.string(), "`web`, `human` or `synthetic`"),
@@ -172,7 +174,7 @@ def contract_markdown() -> str:
         for field in schema:
             kind = "struct" if pa.types.is_struct(field.type) else str(field.type)
             kind = kind.replace("list<item: string>", "list of string")
-            optional = " or null" if field.nullable else ""
+            optional = " or null" if field.nullable and kind != "struct" else ""
             rows.append(f"| `{field.name}` | {kind}{optional} | {field.metadata[b'doc'].decode()} |")
         parts.append("\n".join(rows))
     reasons = ["**Reasons**", "", "| reason | what |", "|---|---|"]

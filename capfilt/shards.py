@@ -6,14 +6,19 @@ A path may be any that fsspec understands (`runs/demo`, `s3://bucket/run`).
 import os
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import BinaryIO
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import InputError
+
+ROWS_A_GROUP = 1000
+"""Rows of a Parquet row group: what readers such as `datasets` hold in memory at once."""
 
 SHARD_NAME = re.compile(r"^(web|human)-\d{5,}$")
 
@@ -85,14 +90,21 @@ class RunDir:
 
     def write_table(self, path: str, table: pa.Table) -> None:
         """Writes a Parquet file by rename."""
-        self._write(path, lambda file: pq.write_table(table, file, compression="zstd"))
+
+        def write(file: BinaryIO) -> None:
+            with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+                # no group at all when it is empty: `datasets` can't read a group without rows
+                if table.num_rows:
+                    writer.write_table(table, row_group_size=ROWS_A_GROUP)
+
+        self._write(path, write)
 
     def remove(self, path: str) -> None:
         """Deletes a file or a folder with what is in it, if it is there."""
         if self.exists(path):
             self._fs.rm(path, recursive=True)
 
-    def _write(self, path: str, write) -> None:  # type: ignore[no-untyped-def]
+    def _write(self, path: str, write: Callable[[BinaryIO], object]) -> None:
         self._fs.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:

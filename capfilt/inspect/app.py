@@ -53,6 +53,7 @@ STATIC = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.css": ("app.css", "text/css; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
 
 SECURITY_HEADERS = {
@@ -179,7 +180,7 @@ class Guard:
                     return 403, "the token is wrong: take the URL that inspect printed", []
                 # out of the address bar and the history
                 rest = urlencode([(name, value) for name, value in asked if name != "token"])
-                cookie = f"{COOKIE}={in_url}; HttpOnly; SameSite=Strict; Path=/"
+                cookie = f"{COOKIE}={in_url}; HttpOnly; SameSite=Lax; Path=/"
                 location = "/" + (f"?{rest}" if rest else "")
                 return (
                     303,

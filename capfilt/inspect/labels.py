@@ -124,6 +124,10 @@ def parse(line: str, where: str) -> Label:
     for name in ("uid", "matcher"):
         if not isinstance(values.get(name), str | None):
             raise InputError(f"{where}: {name!r} is {values[name]!r}, expected text or null")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: a text holds half of a surrogate pair") from None
     for name in ("itm_prob", "itc_sim"):
         value = values.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -315,7 +319,7 @@ class LabelStore:
             return parse(raw.decode(), where)
         except (InputError, UnicodeDecodeError) as error:
             self.skipped += 1
-            log.warning("label skipped: %s", error)
+            log.warning("%s is no label and is left out (%s)", where, error)
             return None
 
     def _apply(self, label: Label) -> None:

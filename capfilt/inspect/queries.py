@@ -48,7 +48,7 @@ ORDERS = {
     "threshold": "abs(p.itm::DOUBLE - $threshold)",
     "uncertain": "abs(p.itm::DOUBLE - 0.5)",
     "disagreement": "-p.disagreement",
-    "random": "mix(mix(p.row + $seed * 7919))",
+    "random": "mix(mix(xor(mix(p.row), ($seed * 2654435761) & 4294967295)))",
     "similar": "-s.similarity",
 }
 """What pairs can be sorted by; each ascends from the most interesting."""

@@ -1,1 +1,1 @@
-"""The multimodal mixture of encoder-decoder (MED), its image towers, losses, generation and weights."""
+"""MED, the multimodal mixture of encoder-decoder: image towers, losses, generation, weights."""

@@ -186,6 +186,7 @@ def _read_config(folder: Path) -> MEDConfig:
         text_ffn_width=text.intermediate_size,
         max_positions=text.max_position_embeddings,
         dropout=float(text.hidden_dropout_prob),
+        attention_dropout=float(text.attention_probs_dropout_prob),
         layer_norm_eps=text.layer_norm_eps,
         embed_dim=blip.image_text_hidden_size,
     )
@@ -279,10 +280,11 @@ def load(
             raise InputError(f"{folder / 'config.json'}: not JSON ({error})") from None
         if own:
             model = med.load(folder)
-            if image_size_px not in (None, model.config.image_size_px):
+            side = model.config.image_size_px
+            if image_size_px not in (None, side):
                 raise InputError(
-                    f"{folder}: image_size_px is {model.config.image_size_px}, not {image_size_px}: "
-                    "a model of capfilt's keeps the size that it was trained at"
+                    f"{folder}: image_size_px is {side}, not {image_size_px}: "
+                    "a model of capfilt keeps the size that it was trained at"
                 )
             return model
     path, state = read_weights(name_or_folder)
@@ -444,7 +446,9 @@ def export_state(model: MED, kind: Kind, original: bool = False) -> dict[str, Te
     own = model.state_dict()
     state: dict[str, Tensor] = {}
     for entry in names(config, kind, original):
-        for name, part in zip(entry.theirs, own[entry.ours].chunk(len(entry.theirs)), strict=True):
+        value = own[entry.ours]
+        parts = [value] if len(entry.theirs) == 1 else value.chunk(len(entry.theirs))
+        for name, part in zip(entry.theirs, parts, strict=True):
             state[name] = part.detach().clone().contiguous()
     if kind == "blip_model":
         state["logit_scale"] = -model.temp.detach().log()
@@ -479,7 +483,7 @@ def save_transformers(model: MED, folder: str | Path, architecture: str) -> None
             max_position_embeddings=c.max_positions,
             layer_norm_eps=c.layer_norm_eps,
             hidden_dropout_prob=c.dropout,
-            attention_probs_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.attention_dropout,
             label_smoothing=0.1,
         ),
         vision_config=BlipVisionConfig(

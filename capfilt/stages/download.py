@@ -36,6 +36,7 @@ from capfilt.stages.lists import (
     read_list,
     shard_names,
     shard_rows,
+    text_column,
 )
 from capfilt.stages.pictures import (
     Limits,
@@ -179,6 +180,7 @@ class _Fetch:
         self.listed = listed
         self.raw = folder / "raw"
         self.plan = folder / "plan.json"
+        self.urls = folder / "urls.parquet"
         self.log = folder / "img2dataset.log"
         self.ran = False
 
@@ -199,7 +201,12 @@ class _Fetch:
                 "the same command again goes on from here"
             )
         table = self._convert(shard.name, raw)
+        # gone before the table is signed: a run killed in between fetches this shard once more
         raw.unlink()
+        if not any(self.raw.glob("*.parquet")):
+            shutil.rmtree(self.raw)
+            self.plan.unlink()
+            self.urls.unlink(missing_ok=True)
         return table
 
     def _fingerprint(self) -> str:
@@ -230,7 +237,7 @@ class _Fetch:
         shutil.rmtree(self.raw, ignore_errors=True)
         self.raw.mkdir(parents=True)
         rows = [shard_rows(self.listed.table, shard, download.shard_size) for shard in shards]
-        urls = pa.concat_tables(rows).column(self.listed.url_column).to_pylist()
+        urls = text_column(pa.concat_tables(rows), self.listed.url_column)
         # img2dataset cuts this list every shard_size rows: raw shard i is the i-th pending shard
         starts = [int(shard.rsplit("-", 1)[1]) * download.shard_size for shard in shards]
         numbers = [
@@ -240,7 +247,7 @@ class _Fetch:
         ]
         pq.write_table(
             pa.table({"url": [_fetchable(url) for url in urls], "row": numbers}),
-            self.raw.with_name("urls.parquet"),
+            self.urls,
         )
         plan = {"fingerprint": self._fingerprint(), "shards": shards}
         self.plan.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
@@ -252,7 +259,7 @@ class _Fetch:
         )
         code = run_img2dataset(
             {
-                "url_list": str(self.raw.with_name("urls.parquet")),
+                "url_list": str(self.urls),
                 "input_format": "parquet",
                 "url_col": "url",
                 "save_additional_columns": ["row"],
@@ -284,9 +291,7 @@ class _Fetch:
         first = int(shard.rsplit("-", 1)[1]) * download.shard_size
         limits = Limits(download.min_side_px, download.max_area_px, download.max_side_px)
         count = listed.num_rows
-        urls = [
-            None if url is None else str(url) for url in _column(listed, self.listed.url_column)
-        ]
+        urls = text_column(listed, self.listed.url_column)
         lost = not_fetched(f"img2dataset lost this row; see {self.log.name}")
         pictures = [lost] * count
         exif: list[str | None] = [None] * count
@@ -304,10 +309,6 @@ class _Fetch:
             listed, self.listed.caption_column, self.listed.path, "web.caption_column"
         )
         return images_table(shard, "web", urls, captions, pictures, exif)
-
-
-def _column(table: pa.Table, name: str) -> list[Any]:
-    return list(table.column(name).to_pylist())
 
 
 def _fetchable(url: str | None) -> str:
@@ -344,7 +345,8 @@ def run_img2dataset(options: dict[str, Any], log_file: Path) -> int:
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
     with open(log_file, "ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD],
+            # -P: what lies in the working directory is not imported
+            [sys.executable, "-P", "-c", CHILD],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.config import Export
+from capfilt.errors import InputError
 from capfilt.schema import EXPORT
 from capfilt.shards import Shard
 
@@ -80,5 +81,11 @@ def _image_column(images: pa.Table, rows: list[int]) -> pa.ChunkedArray:
     chunks = []
     for start in range(0, len(rows), ROWS_A_CHUNK):
         part = rows[start : start + ROWS_A_CHUNK]
+        gone = [keys[row] for row in part if data[row] is None]
+        if gone:
+            raise InputError(
+                f"decisions/ keeps pairs of picture {gone[0]}, which images/ has no bytes of; "
+                "redo the filter (`capfilt filter CONFIG`)"
+            )
         chunks.append(pa.array([{"bytes": data[row], "path": keys[row]} for row in part], kind))
     return pa.chunked_array(chunks, kind)

@@ -22,6 +22,7 @@ from capfilt.stages.lists import (
     read_list,
     shard_names,
     shard_rows,
+    text_column,
 )
 from capfilt.stages.pictures import (
     Limits,
@@ -150,10 +151,7 @@ class IngestStage:
     def _read_shard(self, listed: _Input, shard: Shard) -> pa.Table:
         config = self.config
         rows = shard_rows(listed.table, shard.name, config.shard_size)
-        paths = [
-            path if isinstance(path, str | None) else str(path)
-            for path in rows.column(listed.image_column).to_pylist()
-        ]
+        paths = text_column(rows, listed.image_column)
         limits = Limits(config.min_side_px, config.max_area_px, config.max_side_px)
         pictures = in_threads(
             partial(_read_picture, listed.folder, limits=limits),

@@ -163,6 +163,12 @@ def find_column(table: pa.Table, wanted: tuple[str, ...], path: str, yaml_key: s
     )
 
 
+def text_column(table: pa.Table, column: str) -> list[str | None]:
+    """A column of URLs or paths, as text."""
+    values = table.column(column).to_pylist()
+    return [value if value is None else str(value) for value in values]
+
+
 def caption_lists(table: pa.Table, column: str, path: str, yaml_key: str) -> list[list[str]]:
     """The texts of each row as a list that is never empty: no text at all is one empty text.
 

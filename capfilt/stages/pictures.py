@@ -7,6 +7,7 @@ raises on account of the bytes.
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,8 +75,8 @@ def not_fetched(error: str) -> Picture:
 def inspect(data: bytes, limits: Limits) -> Picture:
     """Decodes a picture in full, so that no later stage meets a broken one.
 
-    The size in the header is checked first: a picture that is too large is never decoded. Call it
-    inside `own_size_limit()`.
+    The size in the header is checked first: a picture that is too large is never decoded. Run it
+    by `in_threads`, which sees to Pillow's own limits.
 
     Args:
         data: the bytes as fetched.
@@ -125,22 +126,24 @@ def _shrink(picture: Image.Image, max_side_px: int) -> tuple[bytes, tuple[int, i
 
 
 @contextmanager
-def own_size_limit() -> Iterator[None]:
-    """Turns off Pillow's limit on the area, since `inspect` has its own.
+def _decoding() -> Iterator[None]:
+    """Turns off Pillow's warnings, and its limit on the area, since `inspect` has its own.
 
     Pillow's would warn at a fixed size, and refuse at twice that without saying how large it is.
     """
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
 
 
 def in_threads(work: Callable[[Row], Picture], rows: Iterable[Row], threads: int) -> list[Picture]:
     """`[work(row) for row in rows]` on several threads, the results in order."""
-    with own_size_limit(), ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:
+    with _decoding(), ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, rows))
 
 

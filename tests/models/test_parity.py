@@ -6,57 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import SHAPES, oracle
 from torch import Tensor
 from transformers import (
-    BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipModel,
-    BlipTextConfig,
-    BlipVisionConfig,
 )
 
 from capfilt.models import hub
 from capfilt.models.generation import generate
 from capfilt.models.med import MED
-
-SHAPES = [
-    # text width, depth, heads, ffn; vision width, depth, heads, mlp; image, patch; vocabulary
-    (32, 2, 4, 64, 48, 2, 4, 96, 32, 16, 200),
-    (48, 3, 6, 80, 32, 1, 2, 64, 48, 8, 333),
-    (32, 1, 2, 128, 32, 3, 8, 64, 64, 16, 150),
-]
-
-
-def blip_config(shape: tuple[int, ...]) -> BlipConfig:
-    tw, td, th, tf, vw, vd, vh, vm, size, patch, vocab = shape
-    return BlipConfig(
-        text_config=BlipTextConfig(
-            vocab_size=vocab, hidden_size=tw, encoder_hidden_size=vw, num_hidden_layers=td, num_attention_heads=th,
-            intermediate_size=tf, max_position_embeddings=40, bos_token_id=5, sep_token_id=102, pad_token_id=0,
-            label_smoothing=0.1,
-        ),
-        vision_config=BlipVisionConfig(
-            hidden_size=vw, num_hidden_layers=vd, num_attention_heads=vh, intermediate_size=vm, image_size=size,
-            patch_size=patch, initializer_range=0.02,
-        ),
-        image_text_hidden_size=24,
-        projection_dim=20,
-    )  # fmt: skip
-
-
-def oracle(cls: type, shape: tuple[int, ...], folder: Path) -> torch.nn.Module:
-    """A random model with weights large enough that its outputs differ between tokens and images."""
-    torch.manual_seed(sum(shape))
-    model = cls(blip_config(shape)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-    return model
 
 
 def batch(shape: tuple[int, ...], first: int = 101) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,390 @@
+"""The review page in a real browser: chromium, driven by Playwright."""
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for needed in ("duckdb", "starlette", "uvicorn"):
+    pytest.importorskip(needed, reason='needs the extra: pip install "capfilt[inspect]"')
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="the review page is NOT tested: pip install playwright"
+)
+
+import uvicorn
+from fabricated import add_embeddings, make_run
+
+from capfilt.inspect import app
+from capfilt.inspect.labels import read_labels
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+if CHROMIUM is None:
+    pytest.skip(
+        "the review page is NOT tested: no chromium (apt-get install chromium, or set CHROMIUM)",
+        allow_module_level=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = make_run(tmp_path_factory.mktemp("browser") / "run")
+    add_embeddings(made)
+    return made
+
+
+def serve(folder: Path, **options: Any) -> tuple[str, Callable[[], None]]:
+    page = app.open_page(str(folder), reviewer="ann", **options)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app.create_app(page), log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(10)
+        page.run.close()
+
+    return f"http://127.0.0.1:{listener.getsockname()[1]}", stop
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    address, stop = serve(folder)
+    yield address
+    stop()
+
+
+@pytest.fixture
+def tab(browser: Any, url: str, folder: Path) -> Iterator[Any]:
+    """A tab in a new profile; fails the test where the page raised or asked another server."""
+    shutil.rmtree(folder / "filters", ignore_errors=True)
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(8000)
+    opened = context.new_page()
+    problems: list[str] = []
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on("dialog", lambda dialog: problems.append(f"dialog {dialog.message}"))
+    opened.on(
+        "console",
+        lambda message: problems.append(message.text)
+        if "Content Security Policy" in message.text or "TrustedHTML" in message.text
+        else None,
+    )
+    opened.on(
+        "request",
+        lambda request: None if request.url.startswith(url) else problems.append(request.url),
+    )
+    opened.problems = problems
+    yield opened
+    context.close()
+    assert not problems
+
+
+def show(tab: Any, address: str) -> None:
+    tab.goto(address)
+    tab.wait_for_selector(".card")
+    tab.wait_for_selector(".histogram")
+
+
+def until(tab: Any, expression: str) -> None:
+    tab.wait_for_function(expression)
+
+
+def total(tab: Any, number: int) -> None:
+    until(tab, f"document.querySelector('#total').textContent === '{number} pairs'")
+
+
+def names(tab: Any) -> list[str]:
+    return tab.eval_on_selector_all(".card", "cards => cards.map((card) => card.dataset.pair)")
+
+
+def test_a_card_holds_picture_and_texts_side_by_side(tab: Any, url: str) -> None:
+    show(tab, f"{url}/?key=web-00000-00004/text0")
+    card = tab.locator(".card")
+    assert card.count() == 1
+    assert card.locator(".focal .caption").inner_text() == "photo 4 of a dog by the lake 0"
+    assert card.locator(".other .caption").inner_text() == "a dog number 4 runs"
+    assert "ITM 0." in card.inner_text() and "https://example.org" in card.inner_text()
+    until(tab, "document.querySelector('.card img').naturalWidth > 0")
+    assert tab.title() == "run · capfilt inspect"
+
+
+def test_texts_with_scripts_stay_texts(tab: Any, url: str) -> None:
+    for row in range(4):
+        show(tab, f"{url}/?key=web-00000-{row:05d}/text0")
+        tab.keyboard.press("j")
+        tab.locator(".card .picture").click()
+        tab.wait_for_selector("#details-body .facts")
+        assert tab.evaluate("window.hacked") is None
+        if row == 0:
+            assert "<script>window.hacked=1</script>" in tab.inner_text("#details-body")
+        if row == 1:  # a javascript: url is text, never a link
+            assert tab.locator("a[href^=javascript]").count() == 0
+            assert "javascript:alert(1)" in tab.inner_text("#details-body")
+        tab.keyboard.press("Escape")
+    show(tab, f"{url}/?words=%3Cscript%3E%22'&shard=%3Cimg%20src=x%20onerror=window.hacked=1%3E")
+    assert tab.evaluate("window.hacked") is None
+
+
+def test_the_policy_stops_what_slips_through(browser: Any, url: str) -> None:
+    tab = browser.new_page()
+    tab.goto(url)
+    tab.wait_for_selector(".card")
+    blocked = tab.evaluate(
+        """async () => {
+            const script = document.createElement("script");
+            try { script.text = "window.hacked = 1"; } catch (error) { return error.name; }
+            document.body.append(script);
+            await new Promise((done) => setTimeout(done, 50));
+            return window.hacked === undefined;
+        }"""
+    )
+    assert blocked in (True, "TypeError")
+    markup = "() => { document.body.innerHTML = '<img src=x onerror=window.hacked=1>'; }"
+    with pytest.raises(sync_api.Error, match="TrustedHTML"):
+        tab.evaluate(markup)
+    tab.close()
+
+
+def test_the_keyboard_is_enough_to_review(tab: Any, url: str, folder: Path) -> None:
+    show(tab, f"{url}/?order=random&seed=4&source=web")
+    assert "random sample" in tab.inner_text("#sampling")
+    first, second, third = names(tab)[:3]
+    for key in ("y", "n", "u"):
+        tab.keyboard.press(key)
+    until(tab, "document.querySelector('#label-counts').textContent.startsWith('3 by me')")
+    stored = {label.pair_id: label for label in read_labels(folder / "labels")}
+    assert stored[first].verdict == "right"
+    assert stored[second].verdict == "wrong"
+    assert stored[third].verdict == "unsure"
+    assert {label.sampling for label in stored.values()} == {"random"}
+    assert tab.evaluate("document.activeElement.dataset.pair") == names(tab)[3]
+    tab.keyboard.press("z")
+    until(tab, "document.querySelector('#label-counts').textContent.startsWith('2 by me')")
+    assert tab.evaluate("document.activeElement.dataset.pair") == third
+    assert third not in {label.pair_id for label in read_labels(folder / "labels")}
+    tab.keyboard.press("k")
+    assert tab.evaluate("document.activeElement.dataset.pair") == second
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowDown")
+    assert tab.evaluate("document.activeElement.dataset.pair") == names(tab)[4]
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#details[open] .facts")
+    tab.keyboard.press("Escape")
+    assert tab.evaluate("document.activeElement.dataset.pair") == names(tab)[4]
+    tab.keyboard.press("?")
+    assert tab.locator("#help").is_visible()
+    tab.keyboard.press("Escape")
+    # typing into a field is typing
+    tab.keyboard.press("/")
+    tab.keyboard.type("jyn")
+    assert tab.evaluate("document.activeElement.value") == "jyn"
+    for _ in range(2):
+        tab.locator("body").press("z")
+    until(tab, "document.querySelector('#label-counts').textContent.startsWith('0 by me')")
+    tab.wait_for_timeout(300)
+    assert not read_labels(folder / "labels")
+
+
+def test_next_goes_on_over_the_page_and_back(tab: Any, url: str) -> None:
+    show(tab, url)
+    first = names(tab)
+    for _ in range(len(first)):
+        tab.keyboard.press("j")
+    until(tab, f"document.querySelector('.card')?.dataset.pair !== '{first[0]}'")
+    assert "after=" in tab.url
+    second = names(tab)
+    assert not set(first) & set(second)
+    tab.reload()
+    tab.wait_for_selector(".card")
+    assert names(tab) == second
+    tab.keyboard.press("k")
+    until(tab, f"document.querySelector('.card')?.dataset.pair === '{first[0]}'")
+    assert tab.evaluate("document.activeElement.dataset.pair") == first[-1]
+
+
+def test_filters_combine_and_live_in_the_url(tab: Any, url: str) -> None:
+    show(tab, url)
+    total(tab, 114)
+    tab.select_option("[name=keep]", "no")
+    tab.select_option("[name=source]", "web")
+    tab.fill("[name=words]", "Lake")
+    until(tab, "location.search.includes('words=Lake')")
+    assert "keep=no" in tab.url and "source=web" in tab.url
+    until(tab, "document.querySelector('#total').textContent !== '114 pairs'")
+    tab.wait_for_timeout(300)
+    shown = tab.inner_text("#total")
+    found = names(tab)
+    tab.goto(tab.url)
+    tab.wait_for_selector(".card")
+    assert (tab.inner_text("#total"), names(tab)) == (shown, found)
+    assert tab.input_value("[name=words]") == "Lake"
+    assert tab.input_value("[name=keep]") == "no"
+    tab.click("#clear")
+    total(tab, 114)
+    assert "keep" not in tab.url
+    tab.fill("[name=key]", "nothing")
+    total(tab, 0)
+    assert "No pair fits" in tab.inner_text("#grid")
+
+
+def test_the_threshold_can_be_dragged_and_saved(tab: Any, url: str, folder: Path) -> None:
+    show(tab, url)
+    until(tab, "document.querySelector('#threshold-text').textContent.includes('0 leave')")
+    slider = tab.locator(".plot input").first
+    box = slider.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 40)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + 40, steps=6)
+    tab.mouse.up()
+    until(tab, "!document.querySelector('#threshold-text').textContent.includes(' 0 leave')")
+    dragged = float(slider.input_value())
+    assert 0.75 < dragged < 0.85 and f"t_itm={dragged:.3f}" in tab.url
+    slider.focus()
+    tab.keyboard.press("ArrowRight")
+    assert float(slider.input_value()) == pytest.approx(dragged + 0.005)
+    # both histograms show the one threshold
+    assert tab.locator(".plot input").nth(1).input_value() == slider.input_value()
+    tab.wait_for_timeout(200)
+    leave = int(tab.inner_text("#threshold-text").split(" leave")[0].split()[-1])
+    tab.click("#show-leaves")
+    total(tab, leave)
+    tab.fill("#save-name", "stricter")
+    tab.click("#save button")
+    until(tab, "document.querySelector('#saved').textContent.includes('capfilt filter')")
+    assert f"itm_threshold: {dragged + 0.005:.3f}" in (folder / "filters/stricter.yaml").read_text()
+    tab.click("#threshold-reset")
+    until(tab, "!location.search.includes('t_itm')")
+
+
+def test_search_by_a_pair_of_the_run(tab: Any, url: str) -> None:
+    show(tab, f"{url}/?key=web-00000-00004/text0")
+    tab.locator(".card .picture").click()
+    tab.get_by_role("button", name="Texts for this picture").click()
+    until(tab, "document.querySelectorAll('.card').length === 1")
+    tab.click("#clear")
+    until(tab, "document.querySelectorAll('.card').length > 1")
+    assert names(tab)[0] == "web-00000-00004/text0"
+    assert "similarity" in tab.locator(".card").first.inner_text()
+    assert tab.locator("#near-text").is_hidden()  # no matcher is loaded
+    tab.locator("#search-box summary").click() if not tab.locator("#near").is_visible() else None
+    tab.click("#search-clear")
+    total(tab, 114)
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser: Any, url: str) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
+    tab = context.new_page()
+    show(tab, url)
+    for box in ("#filters-box", "#sampling-box", "#search-box", "#threshold-box"):
+        tab.evaluate("(box) => { document.querySelector(box).open = true; }", box)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    sticking_out = tab.evaluate(
+        """() => [...document.querySelectorAll("main *, aside *")].filter((element) => {
+            const box = element.getBoundingClientRect();
+            return box.width > 1 && box.right > innerWidth + 1 && !element.closest(".meta, .picture");
+        }).map((element) => element.outerHTML.slice(0, 80))"""
+    )
+    assert sticking_out == []
+    sizes = tab.eval_on_selector_all(
+        ".foot button", "buttons => buttons.map((button) => button.getBoundingClientRect().height)"
+    )
+    assert min(sizes) >= 44
+    context.close()
+
+
+def test_light_and_dark_are_readable(browser: Any, url: str) -> None:
+    contrast = """() => {
+        const parse = (colour) => colour.match(/[0-9.]+/g).slice(0, 3).map(Number);
+        const light = (colour) => {
+            const [r, g, b] = parse(colour).map((part) => {
+                const value = part / 255;
+                return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+            });
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const behind = (element) => {
+            for (let at = element; at; at = at.parentElement) {
+                const colour = getComputedStyle(at).backgroundColor;
+                if (!/, 0\\)$/.test(colour)) return colour;
+            }
+            return "rgb(255, 255, 255)";
+        };
+        const low = [];
+        for (const element of document.querySelectorAll("body *")) {
+            const text = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+            if (!text || element.disabled || !element.checkVisibility()) continue;
+            const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
+            const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+            if (ratio < 4.5) low.push([element.className || element.tagName, ratio.toFixed(2)]);
+        }
+        return low;
+    }"""
+    backgrounds = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        tab = context.new_page()
+        show(tab, url)
+        backgrounds[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert tab.evaluate(contrast) == []
+        context.close()
+    assert backgrounds["light"] != backgrounds["dark"]
+
+
+def test_a_screen_reader_finds_names_for_everything(tab: Any, url: str) -> None:
+    show(tab, url)
+    nameless = tab.evaluate(
+        """() => [...document.querySelectorAll("button, input, select, a, dialog, nav, [role]")]
+            .filter((element) => element.checkVisibility() && !(element.getAttribute("aria-label")
+                || element.labels?.length || element.textContent.trim() || element.title
+                || element.getAttribute("aria-labelledby") || element.role === "status"))
+            .map((element) => element.outerHTML.slice(0, 100))"""
+    )
+    assert nameless == []
+    assert tab.locator("img:not([alt])").count() == 0
+    assert tab.locator(".card[tabindex='0']").count() == 1  # one stop for all cards
+    pressed = tab.locator(".card").first.get_by_role("button", name="Right", exact=True)
+    assert pressed.get_attribute("aria-pressed") == "false"
+    assert tab.locator(".plot input").first.get_attribute("aria-valuetext") == "0.500"
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+
+
+def test_read_only_offers_no_verdicts(browser: Any, folder: Path) -> None:
+    address, stop = serve(folder, read_only=True)
+    try:
+        tab = browser.new_page()
+        show(tab, address)
+        assert tab.locator("[data-verdict]").count() == 0
+        assert tab.locator("#read-only").is_visible()
+        assert tab.locator("#save").is_hidden()
+        tab.keyboard.press("y")
+        tab.close()
+    finally:
+        stop()
+
+
+def test_a_dead_server_is_said(browser: Any, folder: Path) -> None:
+    address, stop = serve(folder)
+    tab = browser.new_page()
+    show(tab, f"{address}/?key=web-00001")
+    stop()
+    time.sleep(0.2)
+    tab.select_option("[name=keep]", "yes")
+    until(tab, "document.querySelector('#problem').textContent.includes('does not answer')")
+    tab.close()

