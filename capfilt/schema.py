@@ -60,14 +60,14 @@ IMAGES = pa.schema(
         _field("original_height", pa.int32(), "pixels, as fetched", nullable=True),
         _field("exif", pa.string(), "JSON", nullable=True),
         _field("sha256", pa.string(), "of the fetched bytes, hex", nullable=True),
-        _field("image", pa.binary(), "the encoded picture; null when it can't be used", nullable=True),
+        _field("image", pa.binary(), "encoded; null when it can't be used", nullable=True),
     ]
 )
 
 FEATURES = pa.schema(
     [
         _field("key", pa.string(), "the picture"),
-        _field("tokens", pa.large_binary(), "image tokens of the frozen tower: float16 [P, D], row-major"),
+        _field("tokens", pa.large_binary(), "of the frozen image tower: float16 [P, D]"),
     ]
 )
 
@@ -175,7 +175,8 @@ def contract_markdown() -> str:
             kind = "struct" if pa.types.is_struct(field.type) else str(field.type)
             kind = kind.replace("list<item: string>", "list of string")
             optional = " or null" if field.nullable and kind != "struct" else ""
-            rows.append(f"| `{field.name}` | {kind}{optional} | {field.metadata[b'doc'].decode()} |")
+            doc = field.metadata[b"doc"].decode()
+            rows.append(f"| `{field.name}` | {kind}{optional} | {doc} |")
         parts.append("\n".join(rows))
     reasons = ["**Reasons**", "", "| reason | what |", "|---|---|"]
     reasons += [f"| `{name}` | {doc} |" for name, doc in REASONS.items()]

@@ -1,4 +1,4 @@
-"""Shards on disk: their names and paths, reading them, and writing them so that no half is ever seen.
+"""Shards on disk: their paths, reading them, and writing them so that no half is ever seen.
 
 A path may be any that fsspec understands (`runs/demo`, `s3://bucket/run`).
 """
@@ -14,6 +14,7 @@ from typing import BinaryIO
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from capfilt.errors import InputError
 
@@ -66,7 +67,9 @@ class RunDir:
         """Whether a file or folder is there."""
         return bool(self._fs.exists(path))
 
-    def shards(self, table: str = "images", sources: tuple[str, ...] = ("web", "human")) -> list[str]:
+    def shards(
+        self, table: str = "images", sources: tuple[str, ...] = ("web", "human")
+    ) -> list[str]:
         """Names of the signed shards of a table, sorted."""
         if not self.exists(self.at(table)):
             return []
@@ -110,7 +113,7 @@ class RunDir:
         try:
             with self._fs.open(temporary, "wb") as file:
                 write(file)
-                if hasattr(file, "fileno"):
+                if isinstance(self._fs, LocalFileSystem):
                     file.flush()
                     os.fsync(file.fileno())
             self._fs.mv(temporary, path)

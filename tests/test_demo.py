@@ -27,7 +27,9 @@ def test_serves_the_folder_on_loopback_and_stops(folder: Path) -> None:
         urllib.request.urlopen(f"{address}/a%20b.txt", timeout=1)
 
 
-@pytest.mark.parametrize("path", ["../secret.txt", "%2e%2e/secret.txt", "/../secret.txt", "link.txt"])
+@pytest.mark.parametrize(
+    "path", ["../secret.txt", "%2e%2e/secret.txt", "/../secret.txt", "link.txt"]
+)
 def test_nothing_outside_the_folder(folder: Path, path: str) -> None:
     with demo.serve(folder, 0) as address:
         host, port = address.removeprefix("http://").split(":")
@@ -41,7 +43,10 @@ def test_nothing_outside_the_folder(folder: Path, path: str) -> None:
 def test_a_port_that_is_taken_names_the_key(folder: Path) -> None:
     with demo.serve(folder, 0) as address:
         port = int(address.rsplit(":", 1)[1])
-        with pytest.raises(UsageError, match=rf"demo\.port: port {port} "), demo.serve(folder, port):
+        with (
+            pytest.raises(UsageError, match=rf"demo\.port: port {port} "),
+            demo.serve(folder, port),
+        ):
             pass
 
 
@@ -54,5 +59,8 @@ def test_the_port_is_free_again_at_once(folder: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"demo\.serve: folder .*nope"), demo.serve(tmp_path / "nope", 0):
+    with (
+        pytest.raises(InputError, match=r"demo\.serve: folder .*nope"),
+        demo.serve(tmp_path / "nope", 0),
+    ):
         pass

@@ -6,6 +6,7 @@ that no foreign page can send and an Origin that is ours; the page may run its o
 only (CSP); other addresses than loopback need a token. Texts are set as text, never as HTML.
 """
 
+import contextlib
 import getpass
 import hmac
 import ipaddress
@@ -104,7 +105,7 @@ class Access:
 
 
 def host_name(header: str) -> str:
-    """The host of a Host header, lower case, without port and brackets; empty if it is malformed."""
+    """The host of a Host header in lower case, without port and brackets; empty if malformed."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", header)
     return (match[1] or match[2]).lower() if match else ""
 
@@ -145,7 +146,9 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = [
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
+        ]
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             status, text, more = refusal
@@ -242,6 +245,12 @@ class Page:
             },
             "capfilt": capfilt.__version__,
         }
+
+    def warm_up(self) -> None:
+        """Counts what the first screen needs, while the browser starts."""
+        with contextlib.suppress(Exception):  # a request will say what is wrong
+            self.run.summary()
+            self.run.histogram("itm")
 
     def pairs(self, request: "Request") -> Any:
         """A screen of pairs; see `queries.Query` for the filters."""
@@ -638,11 +647,13 @@ def serve(
             server_header=False,
             limit_concurrency=200,
         )
+        threading.Thread(target=page.warm_up, daemon=True).start()
         if on_ready is not None:
             on_ready(url)
         if open_browser:
             threading.Timer(0.3, webbrowser.open, [url]).start()
-        uvicorn.Server(config).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         page.run.close()
 

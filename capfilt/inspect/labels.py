@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from capfilt.errors import InputError
 
@@ -286,7 +285,9 @@ class LabelStore:
             if is_new:
                 _sync_folder(self.folder)
         except OSError as error:
-            raise InputError(f"{path} can't be written ({error}); the label is not stored") from None
+            raise InputError(
+                f"{path} can't be written ({error}); the label is not stored"
+            ) from None
 
     def _read_on(self, path: Path) -> Iterator[Label]:
         tail = self._tails.setdefault(path.name, _Tail())

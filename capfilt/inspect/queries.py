@@ -1,11 +1,9 @@
 """A run's pairs as one table that answers the review page: filters, orders, histograms, thresholds.
 
-The Parquet tables are read once into a duckdb file beside them (`.inspect/`, named by the
-manifests' fingerprints, so that the next start takes no time). Text from a request only ever
-becomes a bound parameter, and once the table is open duckdb has no access to files.
+`index` reads the run into duckdb. Text from a request only ever becomes a bound parameter, and once
+the tables are open duckdb has no access to files.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -14,11 +12,9 @@ import os
 import re
 import tempfile
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -27,19 +23,16 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from capfilt import manifest
-from capfilt.errors import InputError, MissingExtraError
+from capfilt.errors import InputError
+from capfilt.inspect.index import attach, import_duckdb, version_of
 from capfilt.inspect.labels import VERDICTS, Label, LabelStore
-from capfilt.manifest import canonical_json
 from capfilt.schema import REASONS, SOURCES
-from capfilt.shards import RunDir, Shard
+from capfilt.shards import RunDir
 
 if TYPE_CHECKING:
     import duckdb
 
 log = logging.getLogger(__name__)
-
-LAYOUT = 3
-"""Raised when the duckdb file's tables change."""
 
 ORDERS = {
     "pair": "p.row",
@@ -60,7 +53,6 @@ LARGEST_AREA_PX = 80_000_000
 THUMBNAIL_PX = 256
 
 _LAST = 1e300
-_THRESHOLD_REASONS = ("kept", "itm_below_threshold", "itc_below_threshold")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -128,8 +120,7 @@ class Query:
         narrowed = any(
             getattr(self, each.name) is not None
             for each in fields(self)
-            if each.name not in ("source", "review", "after", "before")
-            and each.default is None
+            if each.name not in ("source", "review", "after", "before") and each.default is None
         )
         if self.order == "random" and not narrowed and self.review in (None, "todo"):
             return "random"
@@ -291,7 +282,6 @@ class Run:
             "reasons": REASONS,
             "shards": len(self.shards),
             "shard_names": self.shards[:500],
-            "decided": any(row["reason"] for row in counts),
             "threshold": {"itm": thresholds.itm, "itc": thresholds.itc},
             "version": self.version,
             "labels": self.label_counts(),
@@ -308,7 +298,8 @@ class Run:
                     found = Thresholds(config["itm_threshold"], config.get("itc_threshold"))
                     break
             self._cached["thresholds"] = found
-        return self._cached["thresholds"]  # type: ignore[no-any-return]
+        found_before: Thresholds = self._cached["thresholds"]
+        return found_before
 
     def page(
         self,
@@ -463,7 +454,14 @@ class Run:
             if record is not None:
                 stages[table] = {
                     name: record.get(name)
-                    for name in ("stage", "fingerprint", "finished", "config", "weights", "versions")
+                    for name in (
+                        "stage",
+                        "fingerprint",
+                        "finished",
+                        "config",
+                        "weights",
+                        "versions",
+                    )
                 }
         return {
             **card,
@@ -486,9 +484,7 @@ class Run:
         )
         return int(found[0]["row"]) if found else None
 
-    def numbers_of(
-        self, kind: str, ids: Sequence[tuple[str, float]]
-    ) -> list[tuple[int, float]]:
+    def numbers_of(self, kind: str, ids: Sequence[tuple[str, float]]) -> list[tuple[int, float]]:
         """Search results by number: pictures for `image`, rows for `text`."""
         table, number, name = (
             ("run.pictures", "picture", "key")
@@ -534,7 +530,8 @@ class Run:
                 "bins": bins,
                 "sources": {name: sources[name] for name in SOURCES if name in sources},
             }
-        return self._cached[key]  # type: ignore[no-any-return]
+        counted: dict[str, Any] = self._cached[key]
+        return counted
 
     def try_thresholds(self, thresholds: Thresholds) -> dict[str, Any]:
         """What other thresholds would do, per source and in all, and how right that would be.
@@ -652,7 +649,7 @@ class Run:
                 cells = table.read_row_group(group, columns=["image"], use_threads=False)["image"]
                 with self._lock:
                     self._groups[key] = cells
-                    while len(self._groups) > 8:
+                    while sum(each.nbytes for each in self._groups.values()) > 192 << 20:
                         self._groups.popitem(last=False)
             value = cells[position - start].as_py()
             return value
@@ -782,7 +779,7 @@ def _shard_number(name: str, shards: Sequence[str]) -> int | None:
 
 
 def _would_keep(thresholds: Thresholds) -> tuple[str, dict[str, float]]:
-    """SQL for "these thresholds keep the pair", in the order in which the stage `filter` decides."""
+    """SQL for "these thresholds keep the pair", as the stage `filter` decides."""
     judged = []
     params: dict[str, float] = {}
     for name, value in (("itm", thresholds.itm), ("itc", thresholds.itc)):
@@ -831,7 +828,8 @@ def _conditions(
         params |= would_params
         joins = f"({would} AND NOT coalesce(p.keep, false))"
         leaves = f"(NOT {would} AND coalesce(p.keep, false))"
-        parts.append({"joins": joins, "leaves": leaves, "any": f"({joins} OR {leaves})"}[query.changes])
+        sides = {"joins": joins, "leaves": leaves, "any": f"({joins} OR {leaves})"}
+        parts.append(sides[query.changes])
     if query.review in ("todo", "mine"):
         negated = "NOT " if query.review == "todo" else ""
         parts.append(f"p.row {negated}IN (SELECT row FROM verdicts WHERE reviewer = $reviewer)")
@@ -901,24 +899,6 @@ def shrink(data: bytes, side_px: int) -> bytes | None:
         return None
 
 
-# -- reading a run into duckdb -------------------------------------------------------------------
-
-
-def import_duckdb() -> Any:
-    """The duckdb module.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import duckdb
-    except ImportError:
-        raise MissingExtraError(
-            'the review page needs duckdb, Starlette and uvicorn: pip install "capfilt[inspect]"'
-        ) from None
-    return duckdb
-
-
 def open_run(run_dir: str, *, may_write: bool = True) -> Run:
     """Opens a run for review; reads its tables once, or takes what an earlier call has read.
 
@@ -940,10 +920,10 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
             f"{run_dir} has no scores yet, so there is nothing to review: "
             "run `capfilt score CONFIG` or `capfilt run CONFIG` first"
         )
-    version = _version(run, shards)
+    version = version_of(run, shards)
     connection = duckdb.connect(":memory:")
     try:
-        _attach_tables(connection, run, shards, version, may_write)
+        attach(connection, run, shards, version, may_write)
         # duckdb has read all that it needs: whatever it is sent from here on, it opens no file
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
@@ -966,162 +946,6 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
     opened = Run(run, connection, shards, LabelStore(folder), version)
     opened.refresh_labels()
     return opened
-
-
-def _version(run: RunDir, shards: Sequence[str]) -> str:
-    """A digest of the manifests of all that is read."""
-    prints: list[Any] = [LAYOUT]
-    for name in shards:
-        for table in ("images", "scores", "decisions"):
-            record = manifest.read(run, run.manifest(table, name))
-            prints.append(
-                [table, name, record["fingerprint"], record.get("finished")] if record else None
-            )
-    return hashlib.sha256(canonical_json(prints).encode()).hexdigest()[:16]
-
-
-def _attach_tables(
-    connection: "duckdb.DuckDBPyConnection",
-    run: RunDir,
-    shards: Sequence[str],
-    version: str,
-    may_write: bool,
-) -> None:
-    duckdb = import_duckdb()
-    folder = None
-    if "://" not in run.path:
-        folder = Path(run.path) / ".inspect"
-        cached = folder / f"{version}.duckdb"
-        if cached.is_file():
-            try:
-                connection.execute(f"ATTACH {_literal(cached)} AS run (READ_ONLY)")
-                return
-            except duckdb.Error as error:  # of another duckdb, or damaged: read the tables again
-                log.warning("%s can't be used (%s)", cached, error)
-    if folder is not None and may_write:
-        temporary = folder / f"{version}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            folder.mkdir(exist_ok=True)
-            for old in folder.glob("*.duckdb"):
-                old.unlink()
-            connection.execute(f"ATTACH {_literal(temporary)} AS run")
-            _fill(connection, run, shards)
-            connection.execute("DETACH run")
-            os.replace(temporary, cached)
-            connection.execute(f"ATTACH {_literal(cached)} AS run (READ_ONLY)")
-            return
-        except (OSError, duckdb.IOException) as error:
-            log.warning("%s can't be written (%s); the next start reads it all again", folder, error)
-            connection.execute("DETACH DATABASE IF EXISTS run")
-        finally:
-            for left in (temporary, Path(f"{temporary}.wal")):
-                left.unlink(missing_ok=True)
-    connection.execute("ATTACH ':memory:' AS run")
-    _fill(connection, run, shards)
-
-
-def _literal(path: Path) -> str:
-    """A path of our own (never of a request) as an SQL string: ATTACH takes no parameters."""
-    return "'" + str(path).replace("'", "''") + "'"
-
-
-def _fill(
-    connection: "duckdb.DuckDBPyConnection", run: RunDir, shards: Sequence[str]
-) -> None:
-    connection.execute(
-        """
-        CREATE TABLE run.pictures (
-            picture BIGINT, shard INTEGER, position INTEGER, key VARCHAR, url VARCHAR,
-            sha256 VARCHAR, status VARCHAR, error_message VARCHAR, width INTEGER, height INTEGER,
-            original_width INTEGER, original_height INTEGER, has_image BOOLEAN
-        );
-        CREATE TEMP TABLE staging (
-            row BIGINT, shard INTEGER, picture BIGINT, pair_id VARCHAR, key VARCHAR,
-            source VARCHAR, caption VARCHAR, words VARCHAR, uid VARCHAR, itm FLOAT, itc FLOAT,
-            keep BOOLEAN, reason VARCHAR, eligible BOOLEAN
-        );
-        """
-    )
-    rows = pictures = 0
-    quoted = ", ".join(f"'{reason}'" for reason in _THRESHOLD_REASONS)
-    for number, name in enumerate(shards):
-        shard = Shard(run, name)
-        scores = shard.read("scores")
-        images = _image_rows(shard, pictures)
-        decided = run.exists(run.manifest("decisions", name))
-        if decided:
-            decisions = shard.read("decisions", ["pair_id", "keep", "reason"])
-        else:
-            decisions = pa.table(
-                {
-                    "pair_id": pa.array([], pa.string()),
-                    "keep": pa.array([], pa.bool_()),
-                    "reason": pa.array([], pa.string()),
-                }
-            )
-        for view, table in (("scores", scores), ("images", images), ("decisions", decisions)):
-            connection.register(f"shard_{view}", table)
-        connection.execute(
-            f"""
-            INSERT INTO run.pictures
-            SELECT picture, {number}, position, key, url, sha256, status, error_message, width,
-                   height, original_width, original_height, has_image
-            FROM shard_images ORDER BY position;
-            INSERT INTO staging
-            SELECT {rows} + row_number() OVER (ORDER BY s.pair_id) - 1, {number}, i.picture,
-                   s.pair_id, s.key, s.source, s.caption, lower(s.caption), s.uid,
-                   CASE WHEN isnan(s.itm_prob) THEN NULL ELSE s.itm_prob END,
-                   CASE WHEN isnan(s.itc_sim) THEN NULL ELSE s.itc_sim END,
-                   d.keep, coalesce(d.reason, s.error),
-                   CASE WHEN d.reason IS NULL THEN s.error IS NULL
-                        ELSE d.reason IN ({quoted}) END
-            FROM shard_scores s
-            LEFT JOIN shard_decisions d ON d.pair_id = s.pair_id
-            LEFT JOIN shard_images i ON i.key = s.key
-            ORDER BY s.pair_id;
-            """
-        )
-        for view in ("scores", "images", "decisions"):
-            connection.unregister(f"shard_{view}")
-        rows += scores.num_rows
-        pictures += images.num_rows
-    # disagreement: how far apart a pair stands in the two rankings, 0..1
-    connection.execute(
-        """
-        CREATE TABLE run.pairs AS
-        SELECT s.*, r.disagreement FROM staging s LEFT JOIN (
-            SELECT row, abs(percent_rank() OVER (ORDER BY itm)
-                            - percent_rank() OVER (ORDER BY itc))::FLOAT AS disagreement
-            FROM staging WHERE itm IS NOT NULL AND itc IS NOT NULL
-        ) r ON r.row = s.row
-        ORDER BY s.row;
-        DROP TABLE staging;
-        """
-    )
-
-
-def _image_rows(shard: Shard, first: int) -> pa.Table:
-    """What is known of a shard's pictures, without their bytes."""
-    names = [
-        "key",
-        "url",
-        "sha256",
-        "status",
-        "error_message",
-        "width",
-        "height",
-        "original_width",
-        "original_height",
-    ]
-    table = shard.read("images", [*names, "reason"])
-    count = table.num_rows
-    has_image = pa.array([value is None for value in table["reason"].to_pylist()], pa.bool_())
-    return (
-        table.select(names)
-        .append_column("picture", pa.array(range(first, first + count), pa.int64()))
-        .append_column("position", pa.array(range(count), pa.int32()))
-        .append_column("has_image", has_image)
-    )
 
 
 def dumps(value: Any) -> bytes:

@@ -118,7 +118,7 @@ class Embeddings:
         return [(name, value) for name, value in pairs if name != without][:count]
 
     def vector(self, name: str, kind: str) -> np.ndarray | None:
-        """The embedding of a picture (by key) or a text (by pair id), [D]; None if there is none."""
+        """The embedding of a picture (its key) or a text (its pair id), [D]; None without one."""
         found = self._kind(kind)
         index = pc.index(found.ids, pa.scalar(name, found.ids.type)).as_py()
         return None if index < 0 else np.asarray(found.vectors[index], np.float32)
@@ -160,7 +160,8 @@ class Embeddings:
         for name in self.shards:
             where = f"{TABLE}/{name}"
             table = Shard(self.run, name).read(TABLE)
-            missing = [column for column in ("id", "kind", "vector") if column not in table.column_names]
+            columns = ("id", "kind", "vector")
+            missing = [column for column in columns if column not in table.column_names]
             if missing:
                 raise InputError(f"{where}: columns missing: {missing}")
             table = table.filter(pc.equal(table["kind"], kind)).combine_chunks()
@@ -179,7 +180,7 @@ def _matrix(column: Any, where: str) -> np.ndarray:
     elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         cells = column.to_pylist()
         if len({len(cell) for cell in cells}) > 1 or len(cells[0]) % 2 or not cells[0]:
-            raise InputError(f"{where}: column 'vector' holds cells that are no float16 of one width")
+            raise InputError(f"{where}: column 'vector' is not float16 of one width in all rows")
         matrix = np.frombuffer(b"".join(cells), np.float16).reshape(len(cells), -1)
         matrix = matrix.astype(np.float32)
     else:

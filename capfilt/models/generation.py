@@ -1,9 +1,9 @@
 """Caption generation with MED's decoder: greedy, nucleus, top-k and beam search.
 
-The cross-attention's keys and values are computed once an image and are never copied or reordered:
-all rows of one image (its captions, or its beams) ask them together. An image leaves the batch when
-its captions have ended. Random draws are keyed by (seed, pair id, step), so a caption depends
-neither on the batch nor on the order.
+The cross-attention's keys and values are computed once an image, and all rows of one image (its
+captions, or its beams) ask them together, so they are neither repeated nor reordered. An image
+leaves the batch when its captions have ended. Random draws are keyed by (seed, pair id, step), so a
+caption depends neither on the batch nor on the order.
 
 Dimensions: B images, n rows an image (captions, or beams), R = B * n rows in image order,
 L tokens so far, v vocabulary in use.

@@ -1081,20 +1081,14 @@ def read_weights(name_or_folder: str | Path) -> tuple[Path, dict[str, Tensor]]:
     folder = Path(name_or_folder)
     if not folder.exists():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import HFValidationError
 
+        name, others = str(name_or_folder), ["*.json", "*.txt"]
         try:
-            folder = Path(
-                snapshot_download(
-                    str(name_or_folder),
-                    allow_patterns=["*.safetensors", "*.bin", "*.json", "*.txt"],
-                )
-            )
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", *others]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, allow_patterns=["*.bin", *others]))
+        except (HFValidationError, OSError) as error:  # what the hub raises are OSErrors
             raise InputError(
                 f"{name_or_folder}: no such folder, and no such checkpoint on the hub ({error}). "
                 "Give a folder with model.safetensors, or check the name and the network."

@@ -115,7 +115,7 @@ class DownloadStage:
     """Fetches the pictures of `web.urls`; a URL that fails is a row with a reason.
 
     The identity covers the whole list. What a URL answers is outside of it: a dead link stays dead
-    in the books until `--redo download`.
+    in the books until the manifest of its shard is deleted.
 
     Attributes:
         run: the run folder, which must be local.
@@ -155,10 +155,11 @@ class DownloadStage:
 
     def pending(self) -> list[str]:
         """The shards that are not signed with this identity."""
+        shards = list_shards(self.settings)
         shared = identify_shared(self, self.run)
         return [
             shard
-            for shard in list_shards(self.settings)
+            for shard in shards
             if not manifest.is_done(
                 self.run,
                 self.run.manifest(self.table, shard),

@@ -99,7 +99,7 @@ class IngestStage:
 
     A row of the list is a row of the table, with one text or several. The identity covers the list
     and not the pictures' bytes (each row has their digest): who exchanges pictures under the same
-    names starts over with `--redo ingest`.
+    names deletes the manifests of the shards to read them again.
 
     Attributes:
         settings: the run's whole config.

@@ -102,7 +102,8 @@ def inspect(data: bytes, limits: Limits) -> Picture:
             if limits.max_side_px is not None and max(width, height) > limits.max_side_px:
                 data, (width, height) = _shrink(picture, limits.max_side_px)
     except UnidentifiedImageError:
-        error = f"not a picture ({', '.join(FORMATS)}); it starts with {data[:12]!r}"
+        kinds = ", ".join(FORMATS)
+        error = f"not a picture ({kinds}), or cut in its header; it starts with {data[:12]!r}"
         return replace(found, reason="image_unreadable", error=error)
     except Exception as error:
         # decoders raise whatever they like on broken bytes: struct.error, SyntaxError, KeyError …

@@ -102,7 +102,12 @@ def make_run(folder: Path, shards: int = 2, pictures: int = 30, threshold: float
         for table, schema, rows, config in (
             ("images", IMAGES, images, {}),
             ("scores", SCORES, scores, {}),
-            ("decisions", DECISIONS, decisions, {"itm_threshold": threshold, "itc_threshold": None}),
+            (
+                "decisions",
+                DECISIONS,
+                decisions,
+                {"itm_threshold": threshold, "itc_threshold": None},
+            ),
         ):
             run.write_table(run.table(table, name), pa.Table.from_pylist(rows, schema))
             weights = {"matcher": "f" * 64} if table == "scores" else {}

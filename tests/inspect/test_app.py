@@ -2,7 +2,10 @@
 
 import http.client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +16,6 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
-
-for needed in ("duckdb", "starlette", "uvicorn"):
-    pytest.importorskip(needed, reason='needs the extra: pip install "capfilt[inspect]"')
-
-import uvicorn
 from fabricated import HOSTILE, add_embeddings, jpeg, make_run
 
 from capfilt import config
@@ -25,6 +23,11 @@ from capfilt.errors import InputError, UsageError
 from capfilt.inspect import app
 from capfilt.inspect.labels import read_labels
 from capfilt.inspect.search import Embedder
+
+EXTRA = 'NOT tested: pip install "capfilt[inspect]"'
+pytest.importorskip("duckdb", reason=EXTRA)
+pytest.importorskip("starlette", reason=EXTRA)
+uvicorn = pytest.importorskip("uvicorn", reason=EXTRA)
 
 PAIR = "web-00000-00003/text0"
 
@@ -43,7 +46,7 @@ class Answer:
 @dataclass
 class Server:
     port: int
-    page: app.Page
+    page: Any
 
     def ask(
         self, path: str, body: Any = None, headers: dict[str, str] | None = None, **params: str
@@ -57,9 +60,7 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             query = f"?{urlencode(params)}" if params else ""
-            connection.putrequest(
-                "GET" if body is None else "POST", path + query, skip_host=True
-            )
+            connection.putrequest("GET" if body is None else "POST", path + query, skip_host=True)
             for name, value in sent.items():
                 connection.putheader(name, value)
             if body is not None:
@@ -72,7 +73,7 @@ class Server:
             connection.close()
 
 
-def start(page: app.Page, access: app.Access | None = None) -> tuple[Server, uvicorn.Server]:
+def start(page: app.Page, access: app.Access | None = None) -> tuple[Server, Any]:
     listener = socket.create_server(("127.0.0.1", 0))
     served = app.create_app(page, access or app.Access())
     server = uvicorn.Server(uvicorn.Config(served, log_level="critical"))
@@ -106,7 +107,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_page_and_its_parts_come_with_the_guarding_headers(shared: Server) -> None:
-    for path, kind in (("/", "text/html"), ("/app.css", "text/css"), ("/app.js", "text/javascript")):
+    for path, kind in (
+        ("/", "text/html"),
+        ("/app.css", "text/css"),
+        ("/app.js", "text/javascript"),
+    ):
         answer = shared.ask(path)
         assert answer.status == 200 and answer.headers["content-type"].startswith(kind)
     for path in ("/", "/api/summary", "/nothing", "/api/pairs?limit=x"):
@@ -196,7 +201,15 @@ def test_wrong_parameters_are_explained(shared: Server) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "192.168.1.7", "", "[::1", "a b"],
+    [
+        "evil.example",
+        "evil.example:8765",
+        "127.0.0.1.evil.example",
+        "192.168.1.7",
+        "",
+        "[::1",
+        "a b",
+    ],
 )
 def test_a_foreign_host_name_is_refused(shared: Server, host: str) -> None:
     answer = shared.ask("/api/summary", headers={"host": host})
@@ -224,7 +237,9 @@ def test_another_site_can_write_nothing(server: Server, headers: dict[str, str])
     body = {"pair_id": PAIR, "verdict": "right"}
     for path in ("/api/labels", "/api/labels/import", "/api/decision", "/api/search/picture"):
         assert server.ask(path, body, headers).status == 403
-    assert server.ask("/api/labels", body, {"origin": f"http://127.0.0.1:{server.port}"}).status == 200
+    assert (
+        server.ask("/api/labels", body, {"origin": f"http://127.0.0.1:{server.port}"}).status == 200
+    )
     assert len(read_labels(server.page.run.run.at("labels"))) == 1
 
 
@@ -376,6 +391,37 @@ def test_a_taken_port_is_an_error_only_when_it_was_asked_for(tmp_path: Path) -> 
         folder = str(make_run(tmp_path / "run", shards=1, pictures=2))
         with pytest.raises(UsageError, match=str(port)):
             app.serve(folder, port=port, open_browser=False)
+
+
+def test_serve_says_where_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", shards=1)
+    script = (
+        "import sys\n"
+        "from capfilt.inspect.app import serve\n"
+        "serve(sys.argv[1], open_browser=False, on_ready=lambda url: print(url, flush=True))\n"
+        "print('ended')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    port = int(url.rstrip("/").rpartition(":")[2])
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            status = Server(port, None).ask("/api/summary").status
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert status == 200 and url.startswith("http://127.0.0.1:")
+    assert (out, err, process.returncode) == ("ended\n", "", 0)
 
 
 def test_a_reviewer_must_have_a_name(tmp_path: Path) -> None:

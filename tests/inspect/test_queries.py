@@ -1,22 +1,23 @@
 """The pairs of a run: filters, orders, pages, thresholds, pictures, labels attached."""
 
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("duckdb", reason='needs the extra: pip install "capfilt[inspect]"')
-
 from fabricated import add_embeddings, make_run
 
-from capfilt.errors import CapfiltError, InputError
-from capfilt.inspect import queries
+from capfilt.errors import CapfiltError, InputError, MissingExtraError
+from capfilt.inspect import index, queries
 from capfilt.inspect.labels import Label, utc_now
 from capfilt.inspect.queries import Query, Run, Thresholds, parse_query, parse_thresholds
 from capfilt.inspect.search import open_embeddings
 from capfilt.shards import RunDir, Shard
+
+pytest.importorskip("duckdb", reason='NOT tested: pip install "capfilt[inspect]"')
 
 HALF = Thresholds(0.5)
 
@@ -114,7 +115,13 @@ def test_random_depends_on_the_seed_only_and_is_even(run: Run) -> None:
 def test_filters_combine(run: Run, folder: Path) -> None:
     rows = scores(folder)
     query = parse_query(
-        {"keep": "yes", "source": "web", "itm_min": "0.6", "words": "LAKE photo", "shard": "web-00001"}
+        {
+            "keep": "yes",
+            "source": "web",
+            "itm_min": "0.6",
+            "words": "LAKE photo",
+            "shard": "web-00001",
+        }
     )
     expected = [
         name
@@ -175,9 +182,7 @@ def test_trying_a_threshold_agrees_with_the_stage_filter(
     tried = parse_thresholds({"t_itm": t_itm, "t_itc": t_itc}, Thresholds())
     result = run.try_thresholds(tried)
     before = scores(folder)
-    duplicates = frozenset(
-        name for name, row in before.items() if row["reason"] == "duplicate"
-    )
+    duplicates = frozenset(name for name, row in before.items() if row["reason"] == "duplicate")
     config = Filter(itm_threshold=tried.itm, itc_threshold=tried.itc)
     kept = set()
     for name in run.shards:
@@ -235,7 +240,7 @@ def test_the_second_start_reads_no_table(folder: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(queries, "_fill", fail)
+    monkeypatch.setattr(index, "_fill", fail)
     queries.open_run(str(folder)).close()
     queries.open_run(str(folder), may_write=False).close()
 
@@ -247,6 +252,37 @@ def test_read_only_leaves_no_trace(tmp_path: Path) -> None:
     assert opened.summary()["pairs"] == 57
     opened.close()
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_pair_without_a_picture_s_row_is_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", shards=1)
+    where = RunDir(str(folder))
+    images = Shard(where, "web-00000").read("images")
+    where.write_table(where.table("images", "web-00000"), images.slice(2))
+    opened = queries.open_run(str(folder))
+    found = everything(opened, Query())
+    assert len(found) == 57
+    assert [len(pair["texts"]) for pair in found[:5]] == [0, 0, 0, 0, 1]
+    assert opened.thumbnail("web-00000-00000") is None
+    opened.close()
+
+
+def test_a_run_without_decisions_can_be_reviewed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", shards=1)
+    shutil.rmtree(folder / "decisions")
+    opened = queries.open_run(str(folder))
+    reasons = {row["reason"] for row in opened.summary()["counts"]}
+    assert reasons == {None, "download_failed"}
+    tried = opened.try_thresholds(Thresholds(0.5))["all"]
+    assert tried["kept"] == 0 and 0 < tried["would_keep"] == tried["joins"] < 54
+    assert len(everything(opened, Query(keep=False))) == 57
+    opened.close()
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(MissingExtraError, match=r"pip install \"capfilt\[inspect\]\""):
+        queries.open_run(str(make_run(tmp_path / "run", shards=1, pictures=1)))
 
 
 def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
@@ -342,7 +378,9 @@ def test_search_finds_the_nearest_both_ways(tmp_path: Path, as_binary: bool) -> 
     numbers = opened.numbers_of("image", found.top(vector, "image", 5))
     page = opened.page(Query(order="similar"), HALF, "ann", numbers, True)
     assert page.pairs[0]["key"] == "web-00001-00004"
-    assert {pair["key"] for pair in page.pairs} <= {name for name, _ in found.top(vector, "image", 5)}
+    assert {pair["key"] for pair in page.pairs} <= {
+        name for name, _ in found.top(vector, "image", 5)
+    }
     kept = opened.page(Query(order="similar", keep=True), HALF, "ann", numbers, True)
     assert kept.total <= page.total
     opened.close()

@@ -97,7 +97,9 @@ def run(settings: Config, **options: Any) -> StageResult:
 
 def table(settings: Config) -> list[dict[str, Any]]:
     folder = Path(settings.run_dir) / "images"
-    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [
+        row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
 
 
 def calls(tmp_path: Path) -> list[dict[str, Any]]:
@@ -166,7 +168,11 @@ def test_real_img2dataset_over_http(tmp_path: Path) -> None:
     assert got[7]["error_message"] == "unsupported URL scheme"
     assert got[0]["image"] == (web / "good.jpg").read_bytes()
     assert (got[0]["width"], got[0]["height"]) == (60, 40)
-    assert [row["key"] for row in got[3:6]] == ["web-00000-00003", "web-00001-00000", "web-00001-00001"]
+    assert [row["key"] for row in got[3:6]] == [
+        "web-00000-00003",
+        "web-00001-00000",
+        "web-00001-00001",
+    ]
     assert [path.name for path in (tmp_path / "run/download").iterdir()] == ["img2dataset.log"]
 
 
@@ -307,10 +313,25 @@ def test_the_child_dies_with_its_parent(fake: Path) -> None:
         ("urls.csv", None, {}, r"web\.urls: .*urls\.csv' is not there"),
         ("urls.csv", "url,text\n", {}, r"web\.urls: .*urls\.csv has no rows"),
         ("urls.csv", "", {}, r"web\.urls: .*urls\.csv has no rows"),
-        ("urls.csv", "link,text\na,b\n", {}, r"no column 'url'; it has \['link', 'text'\].*web\.url_column"),
-        ("urls.csv", "url,alt\na,b\n", {}, r"no column 'captions' or 'caption' or 'text'.*web\.caption_col"),
+        (
+            "urls.csv",
+            "link,text\na,b\n",
+            {},
+            r"no column 'url'; it has \['link', 'text'\].*web\.url_column",
+        ),
+        (
+            "urls.csv",
+            "url,alt\na,b\n",
+            {},
+            r"no column 'captions' or 'caption' or 'text'.*web\.caption_col",
+        ),
         ("urls.csv", "url,text\na,b\n", {"caption_column": "alt"}, r"no column 'alt'"),
-        ("urls.csv", "url,text\na,b,c\n", {}, r"web\.urls: .*can't be read as csv.*Expected 2 columns"),
+        (
+            "urls.csv",
+            "url,text\na,b,c\n",
+            {},
+            r"web\.urls: .*can't be read as csv.*Expected 2 columns",
+        ),
         ("urls.csv", "url,url,text\na,b,c\n", {}, r"a column twice"),
         ("urls.csv", b"url,text\na,\xff\n", {}, r"can't be read as csv.*(UTF8|utf-8)"),
         ("urls.jsonl", '{"url": "a"\n', {}, r"urls\.jsonl, line 1 is not JSON"),
@@ -333,7 +354,9 @@ def test_lists_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
     rows = [{"URL": "http://h/a", "TEXT": 'a "b"\nc, d'}, {"URL": "http://h/b", "TEXT": "é 黒 NA"}]
     plain = 'URL,TEXT\nhttp://h/a,"a ""b""\nc, d"\nhttp://h/b,é 黒 NA\n'
     (tmp_path / "l.csv").write_text("\ufeff" + plain, encoding="utf-8")
-    (tmp_path / "l.tsv").write_text(plain.replace("c, d", "c~ d").replace(",", "\t").replace("~", ","))
+    (tmp_path / "l.tsv").write_text(
+        plain.replace("c, d", "c~ d").replace(",", "\t").replace("~", ",")
+    )
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "l.parquet")
     for suffix in ("csv", "tsv", "jsonl", "parquet"):

@@ -42,11 +42,21 @@ def shard(run: RunDir, name: str, keeps: list[tuple[str, str, bool]], pictures: 
     scores, decisions = [], []
     for pair, source, keep in sorted(keeps):
         key = f"{name}-{pair.split('/')[0]}"
-        scored = {"pair_id": f"{name}-{pair}", "key": key, "source": source, "caption": f"text {pair}"}
+        scored = {
+            "pair_id": f"{name}-{pair}",
+            "key": key,
+            "source": source,
+            "caption": f"text {pair}",
+        }
         uid = {"uid": f"u{hash(pair) % 7}", "itm_prob": 0.75, "itc_sim": 0.25} if keep else {}
         scores.append(scored | uid)
         decisions.append(
-            {"pair_id": f"{name}-{pair}", "source": source, "keep": keep, "reason": "kept" if keep else "duplicate"}
+            {
+                "pair_id": f"{name}-{pair}",
+                "source": source,
+                "keep": keep,
+                "reason": "kept" if keep else "duplicate",
+            }
         )
     put(run, "scores", name, scores, SCORES)
     put(run, "decisions", name, decisions, DECISIONS)

@@ -76,7 +76,13 @@ def test_pictures_and_their_texts(tmp_path: Path) -> None:
     settings = config(tmp_path)
     assert run(settings).rows == 12
     got = rows(settings)
-    assert [row["captions"] for row in got[:5]] == [["one", "two"], ["three"], [""], [""], ["half a pair ?"]]
+    assert [row["captions"] for row in got[:5]] == [
+        ["one", "two"],
+        ["three"],
+        [""],
+        [""],
+        ["half a pair ?"],
+    ]
     assert [row["reason"] for row in got] == [
         None,
         None,
@@ -91,7 +97,12 @@ def test_pictures_and_their_texts(tmp_path: Path) -> None:
         "download_failed",
         "download_failed",
     ]
-    assert [row["key"] for row in got[:4]] == ["human-00000-00000", "human-00000-00001", "human-00000-00002", "human-00001-00000"]
+    assert [row["key"] for row in got[:4]] == [
+        "human-00000-00000",
+        "human-00000-00001",
+        "human-00000-00002",
+        "human-00001-00000",
+    ]
     assert {row["source"] for row in got} == {"human"}
     assert got[0]["image"] == (tmp_path / "a.png").read_bytes()
     assert got[1]["url"] == "sub/../sub/b.jpg"
@@ -142,7 +153,11 @@ def test_another_list_is_another_identity(tmp_path: Path) -> None:
     [
         (None, {}, r"human\.pairs: .*pairs\.jsonl' is not there"),
         ([], {}, r"human\.pairs: .*has no rows"),
-        ([{"image": "a", "text": "b"}], {"images": "/nope"}, r"human\.images: folder '/nope' is not there"),
+        (
+            [{"image": "a", "text": "b"}],
+            {"images": "/nope"},
+            r"human\.images: folder '/nope' is not there",
+        ),
         ([{"img": "a", "text": "b"}], {}, r"no column 'image'; it has .*Set human\.image_column"),
         ([{"image": "a", "alt": "b"}], {}, r"no column 'captions' .*Set human\.caption_column"),
     ],
@@ -163,10 +178,14 @@ def test_a_caption_column_of_numbers(tmp_path: Path) -> None:
     assert "holds int64, expected text" in result.failed["human-00000"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     names=st.lists(
-        st.sampled_from(["a.png", "bad.png", "missing.png", "../up.png", "", None]), min_size=1, max_size=9
+        st.sampled_from(["a.png", "bad.png", "missing.png", "../up.png", "", None]),
+        min_size=1,
+        max_size=9,
     ),
     shard_size=st.integers(1, 5),
 )

@@ -29,9 +29,15 @@ def test_formats_are_kept_as_fetched(kind: str) -> None:
 
 def test_limits_are_inclusive() -> None:
     pictures = [
-        inspect(encoded(Image.new("L", size), "PNG"), LIMITS) for size in [(4, 4), (3, 9), (100, 50), (101, 50)]
+        inspect(encoded(Image.new("L", size), "PNG"), LIMITS)
+        for size in [(4, 4), (3, 9), (100, 50), (101, 50)]
     ]
-    assert [found.reason for found in pictures] == [None, "image_too_small", None, "image_too_large"]
+    assert [found.reason for found in pictures] == [
+        None,
+        "image_too_small",
+        None,
+        "image_too_large",
+    ]
 
 
 def test_a_large_picture_is_shrunk_upright_on_white() -> None:
@@ -71,7 +77,11 @@ def test_the_table_fits_the_contract() -> None:
     table = images_table("web-00003", "web", ["a", None, "c"], [["x"], [""], ["y", "z"]], rows)
     table = check(table, IMAGES, "images/web-00003")
     assert table.column("key").to_pylist() == [f"web-00003-0000{row}" for row in range(3)]
-    assert table.column("status").to_pylist() == ["success", "failed_to_download", "failed_to_resize"]
+    assert table.column("status").to_pylist() == [
+        "success",
+        "failed_to_download",
+        "failed_to_resize",
+    ]
 
 
 def test_pillow_is_left_as_it_was() -> None:

@@ -437,7 +437,10 @@ function showThresholds({ threshold, all, sources }) {
       : "Precision: no labels yet on pairs that would be kept. Review a random sample for an estimate.";
   for (const block of document.querySelectorAll(".histogram")) {
     const numbers = sources[block.dataset.source];
-    if (numbers) $("h3 span", block).textContent = `keeps ${count(numbers.would_keep)} of ${count(numbers.pairs)}`;
+    if (!numbers) continue;
+    const sampled = numbers.precision.random;
+    $("h3 span", block).textContent = `keeps ${count(numbers.would_keep)} of ${count(numbers.pairs)}`
+      + (sampled.labels ? `, ${percent(sampled.precision)} right (${percent(sampled.low)} to ${percent(sampled.high)})` : "");
   }
   $("#show-joins").disabled = !all.joins;
   $("#show-leaves").disabled = !all.leaves;
@@ -555,7 +558,11 @@ function listen() {
   let typed = 0;
   const form = $("#filters");
   form.addEventListener("submit", (event) => { event.preventDefault(); readFilters(); });
-  form.addEventListener("input", () => { clearTimeout(typed); typed = setTimeout(readFilters, 200); });
+  form.addEventListener("input", (event) => {
+    clearTimeout(typed);
+    if (event.target.matches("select, [type=checkbox]")) readFilters();
+    else typed = setTimeout(readFilters, 150);
+  });
   $("#clear").addEventListener("click", () => { clearFilters(); for (const field of form.elements) field.blur?.(); refilter(); });
   for (const button of document.querySelectorAll("[data-sample]")) button.addEventListener("click", () => sample(button.dataset.sample));
   for (const button of document.querySelectorAll(".next")) button.addEventListener("click", () => turn("next"));

@@ -1,0 +1,228 @@
+import copy
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from capfilt.config import Config, Download, load
+from capfilt.errors import ConfigError
+from capfilt.manifest import Identity, canonical_json, deciding_config
+
+MINIMAL = """\
+run_dir: runs/x
+human:
+  pairs: human.jsonl
+web:
+  urls: urls.csv
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_smallest_config_has_the_papers_defaults(tmp_path: Path) -> None:
+    config = load(write(tmp_path, MINIMAL))
+    assert config.caption.method == "nucleus" and config.caption.top_p == 0.9
+    assert config.filter.itm_threshold == 0.5 and config.demo is None
+    with pytest.raises(ValidationError):
+        config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"run\.yaml: expected `key: value` lines, found NoneType"),
+        ("- a\n", r"found list"),
+        ("a: [1\n", r"run\.yaml is not valid YAML.*line 2"),
+        ("run_dir: a\nrun_dir: b\n", r"key 'run_dir' is there twice.*line 2"),
+        ("? [a]\n: b\n", r"a key must be plain text"),
+        ("a: \x00\n", r"not valid YAML"),
+        (MINIMAL + "seeed: 1\n", r"seeed \(line 6\): unknown key; did you mean 'seed'\?"),
+        (MINIMAL + "zzz: 1\n", r"zzz \(line 6\): unknown key; known here: run_dir, seed"),
+        (MINIMAL + "score:\n  batchsize: 1\n", r"score\.batchsize \(line 7\): unknown key; did you mean 'batch_size'"),
+        (MINIMAL + "pretrain:\n  itc:\n    que_size: 1\n", r"pretrain\.itc\.que_size \(line 8\).*'queue_size'"),
+        (MINIMAL + "demo:\n  serve: a\n  prt: 1\n", r"demo\.prt \(line 8\): unknown key; did you mean 'port'"),
+        (MINIMAL + "seed: many\n", r"seed \(line 6\): .*integer.* \(is 'many'\)"),
+        (MINIMAL + "filter:\n  itm_threshold: 1.5\n", r"filter\.itm_threshold \(line 7\): .*less than or equal to 1 \(is 1\.5\)"),
+        (MINIMAL + "pretrain:\n  lr: .inf\n", r"pretrain\.lr \(line 7\): .*finite"),
+        (MINIMAL + "pretrain:\n  lr: .nan\n", r"pretrain\.lr \(line 7\)"),
+        (MINIMAL + "download:\n  shard_size: 0\n", r"download\.shard_size \(line 7\)"),
+        (MINIMAL + "download:\n  shard_size: 100001\n", r"download\.shard_size \(line 7\): .*100000"),
+        (MINIMAL + "download: 3\n", r"download \(line 6\): .* \(is 3\)"),
+        (MINIMAL + "model:\n  preset: tiny\n", r"model\.preset \(line 7\): .*'small', 'base' or 'large'.*'tiny'"),
+        (MINIMAL + "  pairs: x\n", r"web \(line 4\): give exactly one of `urls`"),
+        (MINIMAL + "1: x\n", r"1.*(unknown key|string)"),
+        ("run_dir: a\n", r"human: required, and not there\n +web: required, and not there"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_one_message_with_key_line_and_value(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    assert str(tmp_path / "run.yaml") in str(caught.value)
+    assert caught.match(f"(?s){message}")
+    assert caught.value.exit_code == 2
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, MINIMAL + "seed: -1\nscore:\n  batch: 1\n"))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_config_that_is_not_there_names_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/a.yaml").touch()
+    with pytest.raises(
+        ConfigError, match=r"'b\.yaml' is not there; in pipelines/ there are pipelines/a\.yaml"
+    ):
+        load("b.yaml")
+    with pytest.raises(ConfigError, match=r"can't be read"):
+        load(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff\n")
+    with pytest.raises(ConfigError, match=r"can't be read"):
+        load("latin.yaml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    config = load(
+        path,
+        (
+            "score.batch_size=8",
+            "filter.itm_threshold=null",
+            "demo.serve=web",
+            "pretrain.itc.queue_size = 4",
+        ),
+    )
+    assert config.score.batch_size == 8 and config.filter.itm_threshold is None
+    assert config.demo is not None and config.demo.serve == "web"
+    assert config.pretrain is not None and config.pretrain.itc.queue_size == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", r"--set 'seed': expected key\.subkey=value"),
+        ("=1", r"expected key\.subkey=value"),
+        ("score..x=1", r"expected key\.subkey=value"),
+        ("run_dir.x=1", r"'run_dir' holds a value, not a section"),
+        ("seed=[1", r"the value is not YAML"),
+        ("score.bach_size=1", r"score\.bach_size.*unknown key; did you mean 'batch_size'"),
+    ],
+)
+def test_a_bad_override_is_told(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, MINIMAL), (override,))
+
+
+def leaves(
+    section: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Any]]:
+    """Every field of a config with its path, sections walked into."""
+    found = []
+    for name, info in section.model_fields.items():
+        kinds = [info.annotation, *get_args(info.annotation)]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if inner:
+            found += leaves(inner[0], (*prefix, name))
+        else:
+            found.append(((*prefix, name), info))
+    return found
+
+
+def is_runtime(info: Any) -> bool:
+    return bool(info.json_schema_extra and info.json_schema_extra.get("runtime"))
+
+
+LEAVES = leaves(Config)
+
+
+def test_every_field_says_what_it_is() -> None:
+    for path, info in LEAVES:
+        assert info.description, ".".join(path)
+
+
+def test_runtime_fields_are_those_that_cannot_change_the_output() -> None:
+    assert {path[-1] for path, info in LEAVES if is_runtime(info)} <= {
+        "device", "threads", "processes", "batch_size",
+    }  # fmt: skip
+    trained = [path for path, _ in LEAVES if path[0] in ("pretrain", "matcher", "captioner")]
+    assert ("pretrain", "batch_size") in trained
+    assert not any(is_runtime(info) for path, info in LEAVES if path in trained)
+
+
+def print_of(section: BaseModel) -> str:
+    return Identity("stage", 1, deciding_config(section)).fingerprint
+
+
+BASE: dict[str, Any] = yaml.safe_load(MINIMAL) | {"demo": {"serve": "web"}}
+
+
+def another(value: Any, info: Any, choice: int) -> Any:
+    """A valid value that differs from `value`, or None where there is none to be found."""
+    candidates: list[Any] = [
+        True,
+        False,
+        0.25,
+        0.5,
+        0.75,
+        1,
+        2,
+        3,
+        17,
+        "x",
+        None,
+        *get_args(info.annotation),
+    ]
+    candidates = [one for one in candidates if one != value or type(one) is not type(value)]
+    return candidates[choice % len(candidates)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(leaf=st.sampled_from(LEAVES), choice=st.integers(0, 50))
+def test_the_fingerprint_changes_with_every_deciding_field_and_no_other(
+    leaf: Any, choice: int
+) -> None:
+    path, info = leaf
+    before = Config.model_validate(BASE)
+    holder: Any = before
+    for part in path[:-1]:
+        holder = getattr(holder, part)
+    values = copy.deepcopy(BASE)
+    section = values
+    for part in path[:-1]:
+        section = section.setdefault(part, {})
+    section[path[-1]] = another(getattr(holder, path[-1]), info, choice)
+    if path == ("web", "pairs"):
+        section.pop("urls")
+    try:
+        after = Config.model_validate(values)
+    except ValidationError:
+        return
+    holder_after: Any = after
+    for part in path[:-1]:
+        holder_after = getattr(holder_after, part)
+    changed = getattr(holder_after, path[-1]) != getattr(holder, path[-1])
+    assert (print_of(before) != print_of(after)) == (changed and not is_runtime(info))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_workers_stay_out_of_the_fingerprint(processes: int, threads: int) -> None:
+    assert print_of(Download()) == print_of(Download(processes=processes, threads=threads))
+
+
+def test_a_deciding_config_is_plain_json() -> None:
+    canonical_json(deciding_config(Config.model_validate(BASE)))

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from capfilt.errors import InputError
+from capfilt.shards import RunDir, Shard
+
+
+def test_paths(tmp_path: Path) -> None:
+    run = RunDir(f"{tmp_path}/")
+    assert run.table("images", "web-00000") == f"{tmp_path}/images/web-00000.parquet"
+    assert run.manifest("images", "web-00000") == f"{tmp_path}/images/web-00000.manifest.json"
+    assert RunDir(f"file://{tmp_path}").local("a") == f"{tmp_path}/a"
+    with pytest.raises(InputError, match=r"run_dir 's3://b/run' is remote"):
+        RunDir("s3://b/run").local("models")
+
+
+def test_only_signed_shards_are_listed(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    assert run.shards() == []
+    names = ("web-00001", "web-00000", "human-00000", "web-123456")
+    for name in (*names, "other-00000", "web-1", "web-00002x"):
+        run.write_text(run.manifest("images", name), "{}")
+    run.write_text(run.table("images", "web-00009"), "unsigned")
+    assert run.shards() == sorted(names)
+    assert run.shards(sources=("human",)) == ["human-00000"]
+
+
+@pytest.mark.parametrize("prefix", ["", "file://", "memory://"])
+def test_a_table_comes_back(tmp_path: Path, prefix: str) -> None:
+    run = RunDir(f"{prefix}{tmp_path}")
+    table = pa.table({"key": ["a", "b"], "n": [1, 2]}).replace_schema_metadata({"x": "y"})
+    run.write_table(run.table("t", "web-00000"), table)
+    shard = Shard(run, "web-00000")
+    assert shard.read("t").equals(table) and shard.read("t").schema.metadata == {b"x": b"y"}
+    assert shard.read("t", ["n"]).column_names == ["n"]
+
+
+def test_row_groups_are_bounded_and_never_empty(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    for rows, groups in [(0, 0), (1, 1), (1000, 1), (2001, 3)]:
+        path = run.table("t", f"web-{rows:05d}")
+        run.write_table(path, pa.table({"n": pa.array(range(rows), pa.int64())}))
+        assert (pq.ParquetFile(path).num_row_groups, pq.read_table(path).num_rows) == (groups, rows)
+
+
+def test_a_write_that_fails_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    path = run.at("t", "file")
+    run.write_text(path, "old")
+
+    def fail(file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run._write(path, fail)
+    assert [found.name for found in (tmp_path / "t").iterdir()] == ["file"]
+    assert run.read_text(path) == "old"
+
+
+def test_what_is_missing_or_broken_says_how_to_redo_it(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    with pytest.raises(InputError, match=r"images/web-00000\.parquet is missing although"):
+        Shard(run, "web-00000").read("images")
+    run.write_text(run.table("images", "web-00000"), "not parquet")
+    with pytest.raises(InputError, match=r"can't be read .* delete it and its manifest"):
+        Shard(run, "web-00000").read("images")
+
+
+def test_remove(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    run.write_text(run.at("a", "b"), "x")
+    run.remove(run.at("a"))
+    run.remove(run.at("a"))
+    assert not run.exists(run.at("a"))
