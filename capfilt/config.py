@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from capfilt.errors import ConfigError
+from capfilt.expression import compile_expression
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -110,6 +111,9 @@ class Model(_Section):
     """Side of the square that pictures are squashed to; the preset's own by default."""
     lite: Literal["lite0", "lite1", "lite2"] = "lite0"
     """Which EfficientNet-Lite the small preset uses."""
+    grid_side: Positive | None = None
+    """Small preset: average the feature map to so many cells a side before cross-attention reads it
+    (faster); null keeps all 7 x 7."""
     image_weights: str | None = None
     """For `base` and `large`: ViT weights to start from (a hub name or folder); null starts from
     random ones."""
@@ -143,16 +147,27 @@ class Optim(_Section):
     """Slices that a batch is cut into, to save memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    freeze_words: bool = False
+    """Keep the word embeddings as they are (a fifth of a CPU step; a third of the weights)."""
     freeze_image: bool = True
     """Keep the image tower as it is. With the small preset its output is then computed once."""
     image_dropout: Fraction = 0.0
     """Share of the cached image tokens that a training step does not see (frozen tower only)."""
+    freeze_layers: int = Field(0, ge=0)
+    """First text layers (self-attention and feed-forward; cross-attention goes on learning) that stay
+    as they are, and the word embeddings with them; 0 trains all."""
     average_weights: Fraction | None = None
     """Decay of an exponential moving average of the weights, which is what is kept; null is off."""
+    patience: Positive | None = None
+    """Stop after so many validations without a better score; null trains to the end. Needs
+    `val_fraction`."""
     log_every: Positive = 10
     """Steps between two lines of the loss log."""
     checkpoint_every: Positive = 200
     """Steps between two checkpoints that a stopped training goes on from."""
+    tensorboard: bool = _runtime(
+        False, "Write the log for TensorBoard too, into `tensorboard/` beside the model."
+    )
 
 
 class Itc(_Section):
@@ -180,6 +195,21 @@ class Itm(_Section):
     matcher sees how the web writes (finetuning of the matcher only)."""
 
 
+class HeadWarmup(_Section):
+    """A cheap start of ITC's projection heads on frozen towers; also weighs the web pairs."""
+
+    steps: Positive = 200
+    """Steps on human pairs alone, whose outcome weighs the web pairs."""
+    weighted_steps: Positive = 200
+    """Steps on all pairs, weighted."""
+    batch_size: Positive = 256
+    """Pictures a step."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's."""
+
+
 class Pretrain(Optim):
     """Pretraining with ITC + ITM + LM on web and human pairs (paper, section 3.2)."""
 
@@ -193,8 +223,11 @@ class Pretrain(Optim):
     """Weight of the ITM loss; the paper's is 1."""
     lm_weight: float = Field(1.0, ge=0)
     """Weight of the LM loss; the paper's is 1."""
-    human_share: Fraction | None = None
-    """Share of human pairs in a batch; null draws them as they come."""
+    head_warmup: HeadWarmup | None = None
+    """A cheap start of ITC and a weight for each web pair; for sets that fit into memory."""
+    itm_start: Fraction = 0.0
+    """Share of the steps, at the start, that leave ITM out: cross-attention must have learned (by
+    LM) to read pictures before hard negatives mean anything."""
 
 
 class Matcher(Optim):
@@ -269,15 +302,84 @@ class Score(_Section):
     batch_size: Positive = _runtime(64, "Pictures at a time.")
 
 
+class Fuse(_Section):
+    """Weights of the score that fuses ITM and ITC; their sum need not be 1."""
+
+    itm: float = Field(0.5, ge=0)
+    """Weight of the ITM probability (0..1)."""
+    itc: float = Field(0.5, ge=0)
+    """Weight of the ITC similarity (-1..1)."""
+
+    @model_validator(mode="after")
+    def _not_all_zero(self) -> "Fuse":
+        if self.itm + self.itc == 0:
+            raise ValueError("give `itm` or `itc` a weight above 0")
+        return self
+
+
 class Filter(_Section):
-    """Which pairs are kept. Needs no model: another threshold is a matter of seconds."""
+    """Which pairs are kept. Needs no model: another threshold is a matter of seconds.
+
+    Human pairs are kept whatever is set here, unless they are broken or duplicates. A dropped pair
+    gets the first reason that holds, in this order: it could not be scored; `drop_duplicates`,
+    `itm_threshold`, `itc_threshold`, `fused_threshold`, `calibration`, `expression`, `best_of`,
+    `top_fraction`, `synthetic_only_where_web_dropped`.
+    """
 
     itm_threshold: Fraction | None = 0.5
-    """Drop a web or synthetic text whose ITM probability is below this; null is off."""
+    """Drop a web or synthetic text whose ITM probability is below this; null is off, and the default
+    when `fused_threshold`, `calibration` or `top_fraction` is given. Example: `itm_threshold: 0.6`"""
     itc_threshold: float | None = Field(None, ge=-1, le=1)
-    """Drop a web or synthetic text whose ITC similarity is below this; null is off."""
+    """Drop a web or synthetic text whose ITC similarity is below this; null is off. Example:
+    `itc_threshold: 0.2`"""
     drop_duplicates: bool = True
-    """Keep the same picture with the same text only once."""
+    """Keep the same picture with the same text only once. Example: `drop_duplicates: false`"""
+    fuse: Fuse = Fuse()
+    """The fused score, a weighted mean of ITM and ITC. Example: `fuse: {itm: 0.7, itc: 0.3}`"""
+    fused_threshold: float | None = Field(None, ge=-1, le=1)
+    """Drop a web or synthetic text whose fused score is below this; null is off. Example:
+    `fused_threshold: 0.4`"""
+    calibration: str | None = _runtime(
+        None,
+        "File of `capfilt calibrate`: drop a web or synthetic text that is below its source's "
+        "threshold for the precision that was asked for; null is off. The file's digest, not its "
+        "path, decides the output. Example: `calibration: runs/quickstart/calibration.json`",
+    )
+    expression: str | None = None
+    """Drop a web or synthetic text for which this condition over the columns of its scores and its
+    picture does not hold. Example: `expression: "width >= 200 and words(caption) >= 3"`"""
+    best_of: Positive | None = None
+    """Keep at most so many synthetic texts a picture, the best by `rank_by` of those that pass the
+    conditions above; null keeps all. Example: `best_of: 1`"""
+    top_fraction: Fraction | None = None
+    """Keep this share of the scored web and synthetic texts (duplicates not counted), the best by
+    `rank_by` over the whole run; ties go by uid. Example: `top_fraction: 0.3`"""
+    rank_by: Literal["itm", "itc", "fused", "probability"] = "itm"
+    """What `best_of` and `top_fraction` rank by; `probability` is that of `calibration`. Example:
+    `rank_by: fused`"""
+    synthetic_only_where_web_dropped: bool = False
+    """Keep synthetic texts only of pictures of which no web text is kept. Example:
+    `synthetic_only_where_web_dropped: true`"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule_by_default(cls, values: Any) -> Any:
+        """Another rule over the scores takes the place of the default threshold."""
+        rules = ("fused_threshold", "calibration", "top_fraction")
+        if isinstance(values, dict) and any(values.get(rule) is not None for rule in rules):
+            return {"itm_threshold": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Filter":
+        if self.rank_by == "probability" and self.calibration is None:
+            raise ValueError("`rank_by: probability` needs `calibration`, a file of `capfilt calibrate`")
+        if self.expression is not None:
+            try:
+                compile_expression(self.expression)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
 
 
 class Export(_Section):
@@ -362,7 +464,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(
                 None, None, "a key must be plain text", key_node.start_mark

@@ -1,7 +1,7 @@
 """The manifest that signs a finished shard or model, and the fingerprint that it carries.
 
 The fingerprint covers what decides the output: the stage's name and version, its whole config less
-what is marked runtime-only, the fingerprints of what it read and the digest of the weights. Never a
+what is marked runtime-only, the signatures of what it read and the digest of the weights. Never a
 path. A value that it can't serialise is an error: a forgotten field may cost a rerun, and never
 serves stale work.
 """
@@ -30,7 +30,7 @@ class Identity:
         stage: the stage's name.
         version: its version; raised when the same config would give other output.
         config: its config as plain values, runtime-only fields left out.
-        upstream: fingerprints of what it read, by table or model.
+        upstream: signatures of what it read, by table or model.
         weights: digests of the weights it used, by what they are.
     """
 
@@ -82,12 +82,25 @@ def sign(
     rows: int,
     counts: Mapping[str, int],
     seconds: float,
+    sha256: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a manifest, last and by rename: what it signs is complete."""
+    """Writes a manifest, last and by rename: what it signs is complete.
+
+    Args:
+        run: the run folder.
+        path: of the manifest.
+        identity: what decided the work.
+        rows: how many it has.
+        counts: rows by reason or source.
+        seconds: that it took.
+        sha256: of the table's file; see `signature`.
+        extra: further fields to record.
+    """
     record = {
         **asdict(identity),
         "fingerprint": identity.fingerprint,
+        **({} if sha256 is None else {"sha256": sha256}),
         "rows": rows,
         "counts": dict(counts),
         "seconds": round(seconds, 3),
@@ -115,6 +128,15 @@ def read(run: RunDir, path: str) -> dict[str, Any] | None:
             f"{path} is not a manifest ({error}); delete it to redo what it signs"
         ) from None
     return dict(record)
+
+
+def signature(record: Mapping[str, Any]) -> str:
+    """What later stages record of work that they read: its fingerprint, and the file's digest.
+
+    The fingerprint alone would not do: the same URL may answer otherwise when it is fetched again.
+    """
+    fingerprint = str(record["fingerprint"])
+    return f"{fingerprint}:{record['sha256']}" if "sha256" in record else fingerprint
 
 
 def is_done(run: RunDir, path: str, identity: Identity, *, stale_is_pending: bool = False) -> bool:

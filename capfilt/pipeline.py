@@ -1,20 +1,25 @@
-"""The order of the stages, as plain Python: what `capfilt run` does, and each command a part of it."""
+"""The order of the stages, as plain Python: what `capfilt run` does, and each command a part of it.
+
+Torch is imported only where a model is opened: a run with nothing to do ends at once.
+"""
 
 import contextlib
 import hashlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from capfilt import manifest
 from capfilt.config import Captioner, Config, Matcher
 from capfilt.engine.local import StageResult, run_stage
-from capfilt.errors import InputError, PartialError
+from capfilt.errors import InputError, MismatchError, PartialError, UsageError
 from capfilt.manifest import Identity
 from capfilt.shards import RunDir
-from capfilt.stage import Stage
+from capfilt.stage import Stage, identify, identify_shared
+from capfilt.training import ranks
 
 ORDER = (
     "download",
@@ -30,6 +35,8 @@ ORDER = (
     "report",
 )
 """All steps of a run, in order."""
+TRAININGS = ("pretrain", "captioner", "matcher")
+"""The steps that all processes of `torchrun` share."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +63,24 @@ class Update:
 Report = Callable[[Update], None]
 
 
+def _ignore(update: Update) -> None:
+    """Shows no progress."""
+
+
 def run(
     config: Config,
     *,
     steps: tuple[str, ...] = ORDER,
     redo: str | None = None,
-    report: Report = lambda update: None,
+    report: Report = _ignore,
 ) -> list[StageResult]:
     """Runs steps of a run; what is done already is skipped.
 
     Args:
         config: of the run.
         steps: which ones; all by default.
-        redo: replace this step's work, and that of the steps after it, where it was done with another
-            config.
+        redo: replace this step's work, and that of the steps after it, where it was done with
+            another config.
         report: told how far each step is.
 
     Returns:
@@ -85,17 +96,20 @@ def run(
     for step in ORDER:
         if step not in steps:
             continue
-        runner = _RUNNERS[step]
-        result = runner(run_dir, config, step in replaceable, report)
+        result = None
+        if ranks.is_first() or step in TRAININGS:
+            result = _RUNNERS[step](run_dir, config, step in replaceable, report)
+        ranks.wait()  # the next step reads what the first process wrote
         if result is None:
             continue
         results.append(result)
         report(Update(step, result.done, result.done, "", result=result))
         if result.failed:
             named = "\n".join(f"  {shard}: {what}" for shard, what in result.failed.items())
+            shards = result.done + result.skipped + len(result.failed)
             raise PartialError(
-                f"{len(result.failed)} of {result.done + result.skipped + len(result.failed)} shards "
-                f"failed in {step}; the others are done:\n{named}"
+                f"{len(result.failed)} of {shards} shards failed in {step}; the others are done:\n"
+                f"{named}"
             )
     return results
 
@@ -121,16 +135,49 @@ def caches_features(config: Config) -> bool:
 def _run_tables(
     stage: Stage, run_dir: RunDir, shards: list[str], config: Config, redo: bool, report: Report
 ) -> StageResult:
-    def progress(result: StageResult, done: int, total: int) -> None:
-        rate = result.rows / max(result.seconds, 1e-9)
-        note = f"{result.rows:,} rows, {rate:,.0f}/s"
-        if "kept" in result.counts:
-            note += f", {result.counts['kept'] / max(1, sum(result.counts.values())):.0%} kept"
-        report(Update(stage.name, done, total, "shards", note))
+    """Runs a stage over its shards, once nothing of an older and longer run lies among them."""
 
-    # a stage that needs no model must not wait for torch
-    device = "cpu" if stage.cheap else device_of(config)
+    def progress(result: StageResult, done: int, total: int) -> None:
+        report(Update(stage.name, done, total, "shards", note_of(result)))
+
+    def device() -> str:
+        # what opens no model must not wait for torch
+        opens_model = stage.table in ("features", "captions", "scores")
+        return device_of(config) if opens_model else "cpu"
+
+    _clear_leftovers(stage, run_dir, shards, replace=redo or stage.cheap)
+    if shards:
+        report(Update(stage.name, 0, len(shards), "shards"))
     return run_stage(stage, run_dir, shards, device=device, redo=redo, progress=progress)
+
+
+def note_of(result: StageResult) -> str:
+    """Rows, rate and share kept of what a stage did, as in `2,500 rows, 310/s, 61 % kept`."""
+    parts = [f"{result.rows:,} rows", f"{result.rows / max(result.seconds, 1e-9):,.0f}/s"]
+    if "kept" in result.counts:
+        parts.append(f"{result.counts['kept'] / max(1, sum(result.counts.values())):.0%} kept")
+    return ", ".join(parts)
+
+
+def _clear_leftovers(stage: Stage, run_dir: RunDir, shards: list[str], replace: bool) -> None:
+    """Removes shards that the run doesn't have any more (its list has become shorter).
+
+    Raises:
+        MismatchError: there are some and they may not be removed: they would mix with the run's.
+    """
+    left = [name for name in run_dir.shards(stage.table, stage.sources) if name not in set(shards)]
+    if not left:
+        return
+    if not replace:
+        raise MismatchError(
+            f"{run_dir.at(stage.table)} holds {', '.join(left)} of an older run, which the config "
+            f"and its lists don't make any more (they make {len(shards)}); nothing was deleted. "
+            f"Set it back, choose another run_dir, or delete them and redo this stage and those "
+            f"after it with `capfilt run CONFIG --redo {stage.name}`"
+        )
+    for name in left:
+        run_dir.remove(run_dir.manifest(stage.table, name))
+        run_dir.remove(run_dir.table(stage.table, name))
 
 
 def _download(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult | None:
@@ -139,7 +186,7 @@ def _download(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
     from capfilt.stages.download import DownloadStage, list_shards
 
     stage = DownloadStage(run_dir, config)
-    with _demo_server(config, needed=bool(redo or stage.pending())):
+    with _demo_server(config, needed=bool(stage.pending())):
         return _run_tables(stage, run_dir, list_shards(config), config, redo, report)
 
 
@@ -152,6 +199,35 @@ def _demo_server(config: Config, needed: bool) -> Iterator[None]:
 
     with serve(config.demo.serve, config.demo.port):
         yield
+
+
+def forget_failed(config: Config) -> list[str]:
+    """Makes pending the downloaded shards in which a picture could not be fetched.
+
+    Returns:
+        Their names.
+
+    Raises:
+        UsageError: the run downloads nothing.
+        MismatchError: the shards were downloaded with another config.
+    """
+    if config.web.urls is None:
+        raise UsageError("web.urls is not set: this run downloads nothing that could be retried")
+    from capfilt.stages.download import DownloadStage, list_shards
+
+    run_dir = RunDir(config.run_dir)
+    stage = DownloadStage(run_dir, config)
+    forgotten = []
+    shared = identify_shared(stage, run_dir)
+    for shard in list_shards(config):
+        path = run_dir.manifest("images", shard)
+        done = manifest.is_done(run_dir, path, identify(stage, run_dir, shard, shared))
+        record = manifest.read(run_dir, path)
+        if done and record is not None and record["counts"].get("download_failed"):
+            forgotten.append(shard)
+    for shard in forgotten:
+        run_dir.remove(run_dir.manifest("images", shard))
+    return forgotten
 
 
 def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
@@ -220,10 +296,10 @@ def _train(
             record = manifest.read(run_dir, run_dir.manifest(table, shard))
             if record is None:
                 raise InputError(
-                    f"{step} reads {table}/{shard}, and it isn't finished: run `capfilt features CONFIG` "
-                    "first, or `capfilt run CONFIG`"
+                    f"{step} reads {table}/{shard}, and it isn't finished: run "
+                    "`capfilt features CONFIG` first, or `capfilt run CONFIG`"
                 )
-            prints.append(record["fingerprint"])
+            prints.append(manifest.signature(record))
         upstream[table] = hashlib.sha256(" ".join(prints).encode()).hexdigest()
     identity = Identity(step, 1, deciding, upstream, weights)
     path = run_dir.at("models", step, "manifest.json")
@@ -232,17 +308,21 @@ def _train(
         result.skipped = 1
         return result
     folder = Path(run_dir.local("models", step))
-    run_dir.remove(path)
+    if ranks.is_first():
+        run_dir.remove(path)
+    device = ranks.own_device(device_of(config))
     start = time.perf_counter()
 
     def progress(done: int, total: int, values: dict[str, float]) -> None:
         note = " ".join(f"{name} {value:.3f}" for name, value in values.items() if name != "loss")
         report(Update(step, done, total, "steps", note))
 
-    found = train(run_dir, config, folder, identity.fingerprint, device_of(config), progress)
+    found = train(run_dir, config, folder, identity.fingerprint, device, progress)
     result.done = 1
     result.rows = int(found.get("pictures", 0))
     result.seconds = time.perf_counter() - start
+    if not ranks.is_first():
+        return result
     manifest.sign(
         run_dir,
         path,
@@ -260,7 +340,6 @@ def _remove_checkpoints(folder: Path) -> None:
     from capfilt.training.checkpoint import remove_checkpoints
 
     remove_checkpoints(folder / "checkpoints")
-    (folder / "best.pt").unlink(missing_ok=True)
 
 
 def _pretrain(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult | None:
@@ -333,8 +412,8 @@ def _finetune(
         record = manifest.read(run_dir, run_dir.at("models", "pretrain", "manifest.json"))
         if record is None:
             raise InputError(
-                f"finetuning the {step} starts from the run's pretraining, which isn't finished: run "
-                f"`capfilt pretrain CONFIG` first, set {step}.init, or set pretrain: null"
+                f"finetuning the {step} starts from the run's pretraining, which isn't finished: "
+                f"run `capfilt pretrain CONFIG` first, set {step}.init, or set pretrain: null"
             )
         weights = {"pretrain": str(record["fingerprint"])}
     else:
@@ -362,7 +441,7 @@ def _start_weights(config: Config) -> dict[str, str]:
             if value is not None:
                 found.update(_checkpoint_digest(value))
         return found
-    from capfilt.models.med import lite_weights, minilm_folder
+    from capfilt.models.weights import lite_weights, minilm_folder
 
     digests = {"image_tower": manifest.file_digest(lite_weights(config.model.lite))}
     if config.model.text_weights is not None:
@@ -375,9 +454,13 @@ def _checkpoint_digest(name_or_folder: str) -> dict[str, str]:
     folder = Path(name_or_folder)
     if not folder.exists():
         return {"hub": name_or_folder}
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if folder.is_file():
+        files = [folder]
     if not files:
-        raise InputError(f"{name_or_folder} holds no weights (model.safetensors or pytorch_model.bin)")
+        raise InputError(
+            f"{name_or_folder} holds no weights (model.safetensors or pytorch_model.bin)"
+        )
     return {file.name: manifest.file_digest(file) for file in files}
 
 
@@ -386,7 +469,8 @@ def _take_checkpoint(name_or_folder: str, folder: Path) -> dict[str, Any]:
     from capfilt.models import folder as model_folder
 
     model, tokenizer, vocabulary = model_folder.load(name_or_folder)
-    model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
+    if ranks.is_first():
+        model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
     return {"checkpoint": name_or_folder, "steps": 0}
 
 
@@ -498,3 +582,142 @@ def status(config: Config) -> dict[str, Any]:
     }
 
 
+def check(config: Config) -> list[str]:
+    """Looks whether a run could start: lists, columns, folders, weights, what the folder holds.
+
+    Returns:
+        What was found, a line each.
+
+    Raises:
+        UsageError: something is missing or doesn't fit; all problems in one message.
+    """
+    found: list[str] = []
+    problems: list[UsageError] = []
+    for look in (_check_web, _check_human, _check_demo, _check_weights, _check_device, _check_run):
+        try:
+            found += look(config)
+        except UsageError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise InputError("\n".join(str(problem) for problem in problems))
+    return found
+
+
+def _check_web(config: Config) -> list[str]:
+    if config.web.urls is None:
+        return _check_pictures(config, "web")
+    from capfilt.stages.download import list_shards
+
+    shards = list_shards(config)
+    if importlib.util.find_spec("img2dataset") is None:
+        raise InputError("download needs img2dataset: pip install img2dataset")
+    return [f"web      {config.web.urls}: to download in {len(shards):,} shards"]
+
+
+def _check_human(config: Config) -> list[str]:
+    return _check_pictures(config, "human")
+
+
+def _check_pictures(config: Config, source: Literal["human", "web"]) -> list[str]:
+    from capfilt.stages.ingest import first_pictures, list_shards
+
+    shards = list_shards(config, source)
+    folder, paths = first_pictures(config, source, 100)
+    there = sum((folder / path).is_file() for path in paths)
+    if not there:
+        raise InputError(
+            f"{source}.images: none of the first {len(paths)} pictures of {source}.pairs is there; "
+            f"the first should be {str(folder / paths[0])!r}. Set {source}.images to the folder "
+            f"that the paths start from, or {source}.image_column"
+        )
+    listed = config.human.pairs if source == "human" else config.web.pairs
+    return [
+        f"{source:<8} {listed}: {len(shards):,} shards; of the first {len(paths)} pictures {there} "
+        "are there"
+    ]
+
+
+def _check_demo(config: Config) -> list[str]:
+    if config.demo is None:
+        return []
+    if not Path(config.demo.serve).is_dir():
+        raise InputError(
+            f"demo.serve: folder {config.demo.serve!r} is not there; give the folder that holds "
+            "the demo's pictures (relative to the working directory)"
+        )
+    return [f"demo     {config.demo.serve}, to be served on port {config.demo.port}"]
+
+
+def _check_weights(config: Config) -> list[str]:
+    found = []
+    trained = [
+        name
+        for name, section in (("captioner", config.captioner), ("matcher", config.matcher))
+        if section.checkpoint is None and section.init is None
+    ]
+    if config.pretrain is not None or trained or caches_features(config):
+        for name, digest in _start_weights(config).items():
+            found.append(f"weights  {name} {digest[:16]}")
+    for key, value in (
+        ("matcher.init", config.matcher.init),
+        ("matcher.checkpoint", config.matcher.checkpoint),
+        ("captioner.init", config.captioner.init),
+        ("captioner.checkpoint", config.captioner.checkpoint),
+    ):
+        if value is None:
+            continue
+        try:
+            digests = _checkpoint_digest(value)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+        where = "a name on the model hub; no folder here has it" if "hub" in digests else "is there"
+        found.append(f"weights  {key}: {value} ({where})")
+    return found
+
+
+def _check_device(config: Config) -> list[str]:
+    if config.device in ("auto", "cpu"):
+        return [f"device   {config.device}"]
+    import torch
+
+    found = torch.cuda if config.device == "cuda" else torch.backends.mps
+    if not found.is_available():
+        raise UsageError(
+            f"device: {config.device!r}, and torch finds none; set device: auto or cpu"
+        )
+    return [f"device   {config.device}"]
+
+
+def _check_run(config: Config) -> list[str]:
+    """What of the inputs is in the run folder already; an older run's work is found here."""
+    from capfilt.stages import download, ingest
+
+    run_dir = RunDir(config.run_dir)
+    done = total = 0
+    for source in ("web", "human"):
+        stage: Stage
+        try:
+            if source == "web" and config.web.urls is not None:
+                shards, stage = (
+                    download.list_shards(config),
+                    download.DownloadStage(run_dir, config),
+                )
+            else:
+                shards = ingest.list_shards(config, source)
+                stage = ingest.IngestStage(config, source)
+        except InputError:
+            continue  # the list is missing, which is said elsewhere
+        _clear_leftovers(stage, run_dir, shards, replace=False)
+        shared = identify_shared(stage, run_dir)
+        total += len(shards)
+        done += sum(
+            manifest.is_done(
+                run_dir,
+                run_dir.manifest(stage.table, shard),
+                identify(stage, run_dir, shard, shared),
+            )
+            for shard in shards
+        )
+    return [f"run      {config.run_dir}: {done:,} of {total:,} shards of pictures are there"]

@@ -3,6 +3,7 @@
 A path may be any that fsspec understands (`runs/demo`, `s3://bucket/run`).
 """
 
+import hashlib
 import os
 import re
 import uuid
@@ -101,6 +102,11 @@ class RunDir:
                     writer.write_table(table, row_group_size=ROWS_A_GROUP)
 
         self._write(path, write)
+
+    def digest(self, path: str) -> str:
+        """The sha256 of a file, hex."""
+        with self._fs.open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def remove(self, path: str) -> None:
         """Deletes a file or a folder with what is in it, if it is there."""

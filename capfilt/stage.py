@@ -107,7 +107,7 @@ def identify_shared(stage: Stage, run: RunDir) -> Shared:
         prints = []
         for name in run.shards(table):
             record = manifest.read(run, run.manifest(table, name))
-            prints.append((name, record["fingerprint"] if record else None))
+            prints.append((name, manifest.signature(record) if record else None))
         listed = manifest.canonical_json(prints).encode()
         upstream[f"{table}/*"] = hashlib.sha256(listed).hexdigest()
     weights = {}
@@ -136,7 +136,7 @@ def identify(stage: Stage, run: RunDir, shard: str, shared: Shared) -> Identity:
                 f"stage {stage.name} reads {table}/{shard}, and {path} is not there: "
                 f"run the stage that writes {table}/ first, or `capfilt run`"
             )
-        upstream[table] = record["fingerprint"]
+        upstream[table] = manifest.signature(record)
     return Identity(
         stage.name,
         stage.version,
@@ -173,7 +173,8 @@ def run_shard(transform: Transform, stage: Stage, shard: Shard, identity: Identi
     run = shard.run
     # an old signature must not stand beside a new table
     run.remove(run.manifest(stage.table, shard.name))
-    run.write_table(run.table(stage.table, shard.name), table)
+    path = run.table(stage.table, shard.name)
+    run.write_table(path, table)
     counts: dict[str, int] = {}
     if stage.count_by is not None:
         values = table.column(stage.count_by).to_pylist()
@@ -185,5 +186,6 @@ def run_shard(transform: Transform, stage: Stage, shard: Shard, identity: Identi
         rows=table.num_rows,
         counts=counts,
         seconds=time.perf_counter() - start,
+        sha256=run.digest(path),
     )
     return Written(table.num_rows, counts)

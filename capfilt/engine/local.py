@@ -46,7 +46,7 @@ def run_stage(
     run: RunDir,
     shards: list[str],
     *,
-    device: str = "cpu",
+    device: str | Callable[[], str] = "cpu",
     redo: bool = False,
     progress: Progress | None = None,
 ) -> StageResult:
@@ -56,7 +56,7 @@ def run_stage(
         stage: what to run.
         run: the run folder.
         shards: names of the shards.
-        device: where its models run.
+        device: where its models run; a function is asked only when there is something to do.
         redo: replace work that was done with another config.
         progress: told after each shard.
 
@@ -81,7 +81,9 @@ def run_stage(
             totals.update(record["counts"] if record else {})
         else:
             pending.append((name, identity))
-    transform = stage.open(device) if pending else None
+    transform = None
+    if pending:
+        transform = stage.open(device if isinstance(device, str) else device())
     for position, (name, identity) in enumerate(pending):
         assert transform is not None
         try:

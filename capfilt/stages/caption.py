@@ -1,23 +1,28 @@
-"""`caption`: synthetic texts for the web pictures, by the captioner (paper, section 3.3)."""
+"""`caption`: synthetic texts for the web pictures, by the captioner (paper, section 3.3).
+
+What needs torch is imported when the captioner is opened: a run with nothing to do ends at once.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from capfilt.config import Caption
-from capfilt.models import folder as model_folder
-from capfilt.models.generation import generate
-from capfilt.models.med import MED
-from capfilt.models.tokens import decode, prompt_ids
 from capfilt.schema import CAPTIONS
 from capfilt.shards import Shard
 from capfilt.stage import Transform
-from capfilt.stages.batches import image_batches
+
+if TYPE_CHECKING:
+    import torch
+
+    from capfilt.models.med import MED
 
 
 class CaptionSettings(BaseModel):
@@ -56,6 +61,8 @@ class CaptionStage:
 
     def open(self, device: str) -> Transform:
         """Loads the captioner."""
+        from capfilt.models import folder as model_folder
+
         model, tokenizer, vocabulary = model_folder.load(self.model)
         return partial(
             caption_shard,
@@ -68,7 +75,6 @@ class CaptionStage:
         )
 
 
-@torch.inference_mode()
 def caption_shard(
     shard: Shard,
     *,
@@ -79,40 +85,47 @@ def caption_shard(
     use_features: bool,
     device: str,
 ) -> pa.Table:
-    """Captions of a shard's usable pictures. A caption depends on (seed, pair id) and its picture only."""
+    """Captions of a shard's usable pictures, each decided by seed, pair id and picture alone."""
+    import torch
+
+    from capfilt.models.generation import generate
+    from capfilt.models.tokens import decode, prompt_ids
+    from capfilt.stages.batches import image_batches
+
     options = settings.caption
     count = options.captions_per_image
     prompt = prompt_ids(tokenizer, settings.prompt)  # type: ignore[arg-type]
     rows: list[dict[str, object]] = []
-    for keys, features in image_batches(shard, model, use_features, options.batch_size, device):
-        cross = model.cross_keys_values(model.adapt(features), "decoder")
-        pair_ids = [f"{key}/synthetic{n}" for key in keys for n in range(count)]
-        captions = generate(
-            model,
-            cross,
-            prompt,
-            pair_ids=pair_ids,
-            seed=settings.seed,
-            method=options.method,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            temperature=options.temperature,
-            repetition_penalty=options.repetition_penalty,
-            min_length=options.min_tokens,
-            max_length=options.max_tokens,
-            num_beams=options.num_beams,
-            captions_per_image=count,
-            vocab_ids=vocabulary,
-        )
-        for pair_id, caption in zip(pair_ids, captions, strict=True):
-            rows.append(
-                {
-                    "pair_id": pair_id,
-                    "key": pair_id.rpartition("/")[0],
-                    "source": "synthetic",
-                    "caption": decode(tokenizer, caption.token_ids),  # type: ignore[arg-type]
-                    "logprob": np.float32(caption.logprob),
-                }
+    with torch.inference_mode():
+        for keys, features in image_batches(shard, model, use_features, options.batch_size, device):
+            cross = model.cross_keys_values(model.adapt(features), "decoder")
+            pair_ids = [f"{key}/synthetic{n}" for key in keys for n in range(count)]
+            captions = generate(
+                model,
+                cross,
+                prompt,
+                pair_ids=pair_ids,
+                seed=settings.seed,
+                method=options.method,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                temperature=options.temperature,
+                repetition_penalty=options.repetition_penalty,
+                min_length=options.min_tokens,
+                max_length=options.max_tokens,
+                num_beams=options.num_beams,
+                captions_per_image=count,
+                vocab_ids=vocabulary,
             )
+            for pair_id, caption in zip(pair_ids, captions, strict=True):
+                rows.append(
+                    {
+                        "pair_id": pair_id,
+                        "key": pair_id.rpartition("/")[0],
+                        "source": "synthetic",
+                        "caption": decode(tokenizer, caption.token_ids),  # type: ignore[arg-type]
+                        "logprob": np.float32(caption.logprob),
+                    }
+                )
     rows.sort(key=lambda row: str(row["pair_id"]))
     return pa.Table.from_pylist(rows, schema=CAPTIONS)

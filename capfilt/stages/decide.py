@@ -4,18 +4,40 @@ Reads scores only: another threshold needs no model. Human pairs are kept whatev
 the paper; only an empty text, a picture that can't be used or a duplicate drops one.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from capfilt.config import Filter
-from capfilt.schema import DECISIONS
+from capfilt.errors import ConfigError, InputError
+from capfilt.evaluation.calibration import Calibration, read_calibration
+from capfilt.expression import IMAGE_COLUMNS, SCORE_COLUMNS, columns_of, compile_expression
+from capfilt.schema import DECISIONS, IMAGES, SCORES
 from capfilt.shards import RunDir, Shard
 from capfilt.stage import Transform
+
+ORDER = (
+    "duplicate",
+    "itm_below_threshold",
+    "itc_below_threshold",
+    "fused_below_threshold",
+    "below_precision",
+    "expression",
+    "not_best",
+    "below_top_fraction",
+    "web_text_kept",
+)
+"""Reasons in the order in which they are looked for; before them all comes having no score."""
+
+MOST_AT_ONCE = 1_000_000
+"""Candidates that the search for the top fraction holds in memory."""
 
 
 @dataclass(frozen=True)
@@ -25,27 +47,95 @@ class FilterStage:
     config: Filter
     run: RunDir
     name: str = "filter"
-    version: int = 1
+    version: int = 2
     table: str = "decisions"
     schema: pa.Schema = field(default=DECISIONS, repr=False)
-    reads: tuple[str, ...] = ("scores",)
     sources: tuple[str, ...] = ("web", "human")
     count_by: str | None = "reason"
     cheap: bool = True
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The scores, and the pictures' columns where an expression names one."""
+        return ("scores", "images") if _picture_columns(self.config) else ("scores",)
+
+    @property
     def reads_all(self) -> tuple[str, ...]:
-        """Duplicates are looked for in the whole run."""
+        """Duplicates and the top fraction are looked for in the whole run."""
+        if self.config.top_fraction is not None:
+            return self.reads
         return ("scores",) if self.config.drop_duplicates else ()
 
     def weights(self) -> dict[str, Path]:
-        """None: no model takes part."""
-        return {}
+        """No model takes part; the calibration file decides as one would.
+
+        Raises:
+            InputError: that file is not there.
+        """
+        if self.config.calibration is None:
+            return {}
+        path = Path(self.config.calibration)
+        if not path.is_file():
+            raise InputError(
+                f"filter.calibration: {path} is not there; write it with `capfilt calibrate CONFIG`, "
+                "or set filter.calibration: null"
+            )
+        return {"calibration": path}
 
     def open(self, device: str) -> Transform:
-        """Finds the duplicates of the whole run, once."""
-        duplicates = find_duplicates(self.run) if self.config.drop_duplicates else frozenset()
-        return partial(decide, config=self.config, duplicates=duplicates)
+        """Finds what needs the whole run, once: the duplicates and where the top fraction ends.
+
+        Raises:
+            ConfigError: the expression does not fit the columns' types.
+            InputError: the calibration is of another matcher, or lacks a source.
+        """
+        config = self.config
+        calibration = None
+        if config.calibration is not None:
+            calibration = read_calibration(config.calibration)
+            for name in self.run.shards("scores", ("web",)):
+                calibration.check_matcher(self.run, name)
+        if config.expression is not None:
+            _check_types(config.expression)
+        duplicates = pa.array([], pa.string())
+        if config.drop_duplicates:
+            duplicates = pa.array(sorted(find_duplicates(self.run)), pa.string())
+        rules = Rules(config, duplicates, calibration)
+        if config.top_fraction is not None:
+            rules = Rules(config, duplicates, calibration, find_cut(self.run, rules))
+        return partial(decide, rules=rules)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The last pair of the top fraction; those after it, in the order of rank, are out.
+
+    Attributes:
+        score: rank score of that pair; None when the fraction holds no pair.
+        uid: its content address.
+        pair_id: its position.
+    """
+
+    score: float | None
+    uid: str = ""
+    pair_id: str = ""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All that decides: the config, and what was found in the whole run.
+
+    Attributes:
+        config: of the filter.
+        duplicates: ids of pairs that stand earlier in the run.
+        calibration: of `config.calibration`.
+        cut: where the top fraction ends; None when there is none, or while it is looked for.
+    """
+
+    config: Filter
+    duplicates: pa.Array
+    calibration: Calibration | None = None
+    cut: Cut | None = None
 
 
 def find_duplicates(run: RunDir) -> frozenset[str]:
@@ -76,29 +166,284 @@ def find_duplicates(run: RunDir) -> frozenset[str]:
     return frozenset(duplicates)
 
 
-def decide(shard: Shard, *, config: Filter, duplicates: frozenset[str]) -> pa.Table:
+def decide(shard: Shard, *, rules: Rules) -> pa.Table:
     """One decision for every scored or unscorable pair of a shard; the first reason that holds.
 
-    The order is: no score (with the reason), duplicate, ITM, ITC. A probability equal to the
-    threshold is kept.
+    A score equal to a threshold is kept. The order is that of `ORDER`.
     """
-    scores = shard.read("scores", ["pair_id", "source", "itm_prob", "itc_sim", "error"])
-    judged = pc.not_equal(scores["source"], "human")
-    reason = pa.chunked_array([pa.nulls(scores.num_rows, pa.string())])
-    if config.itc_threshold is not None:
-        below = pc.and_(judged, pc.less(scores["itc_sim"], config.itc_threshold))
-        reason = pc.if_else(below, "itc_below_threshold", reason)
-    if config.itm_threshold is not None:
-        below = pc.and_(judged, pc.less(scores["itm_prob"], config.itm_threshold))
-        reason = pc.if_else(below, "itm_below_threshold", reason)
-    repeated = pc.is_in(scores["pair_id"], value_set=pa.array(sorted(duplicates), pa.string()))
-    reason = pc.if_else(repeated, "duplicate", reason)
-    reason = pc.coalesce(scores["error"], reason, "kept")
+    judged = judge(shard, rules)
+    reason = judged.reason
+    if rules.cut is not None:
+        out = pa.array(judged.open & ~_within(judged, rules.cut))
+        reason = pc.if_else(out, "below_top_fraction", reason)
+    if rules.config.synthetic_only_where_web_dropped:
+        kept_web = pc.and_(judged.is_source("web"), _none(pc.coalesce(judged.scores["error"], reason)))
+        pictures = judged.scores["key"].filter(kept_web)
+        out = pc.and_(
+            pc.and_(judged.is_source("synthetic"), _none(reason)),
+            pc.is_in(judged.scores["key"], value_set=pc.unique(pictures)),
+        )
+        reason = pc.if_else(out, "web_text_kept", reason)
+    reason = pc.coalesce(judged.scores["error"], reason, "kept")
     return pa.table(
         {
-            "pair_id": scores["pair_id"],
-            "source": scores["source"],
+            "pair_id": judged.scores["pair_id"],
+            "source": judged.scores["source"],
             "keep": pc.equal(reason, "kept"),
             "reason": reason,
         },
     )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A shard's pairs after the rules that need nothing but the pair and its picture. N pairs.
+
+    Attributes:
+        scores: `scores/`, all columns.
+        reason: why a pair is out so far, or null. N.
+        counted: web and synthetic pairs with a score that are no duplicates. [N] bool.
+        open: those of them that no rule has dropped. [N] bool.
+        rank: what `rank_by` names. [N] float64, NaN where there is no score.
+    """
+
+    scores: pa.Table
+    reason: pa.ChunkedArray
+    counted: np.ndarray
+    open: np.ndarray
+    rank: np.ndarray
+
+    def is_source(self, name: str) -> pa.ChunkedArray:
+        """Which pairs are of a source, N."""
+        return pc.equal(self.scores["source"], name)
+
+
+def judge(shard: Shard, rules: Rules) -> Judged:
+    """Applies the rules up to `not_best` (see `ORDER`)."""
+    config = rules.config
+    scores = shard.read("scores")
+    itm, itc = _floats(scores["itm_prob"]), _floats(scores["itc_sim"])
+    fused = (config.fuse.itm * itm + config.fuse.itc * itc) / (config.fuse.itm + config.fuse.itc)
+    not_human = pc.not_equal(scores["source"], "human")
+    reason = pa.chunked_array([pa.nulls(scores.num_rows, pa.string())])
+
+    def drop(reason: pa.ChunkedArray, where: Any, name: str) -> pa.ChunkedArray:
+        return pc.if_else(pc.and_(_none(reason), where), name, reason)
+
+    def drop_judged(reason: pa.ChunkedArray, where: Any, name: str) -> pa.ChunkedArray:
+        return drop(reason, pc.and_(not_human, where), name)
+
+    reason = drop(reason, pc.is_in(scores["pair_id"], value_set=rules.duplicates), "duplicate")
+    has_score = pc.and_(pc.is_null(scores["error"]), pc.is_valid(scores["itm_prob"]))
+    counted = pc.and_(pc.and_(not_human, has_score), _none(reason))
+    if config.itm_threshold is not None:
+        reason = drop_judged(reason, pa.array(itm < config.itm_threshold), "itm_below_threshold")
+    if config.itc_threshold is not None:
+        reason = drop_judged(reason, pa.array(itc < config.itc_threshold), "itc_below_threshold")
+    if config.fused_threshold is not None:
+        reason = drop_judged(
+            reason, pa.array(fused < config.fused_threshold), "fused_below_threshold"
+        )
+    probability = None
+    if rules.calibration is not None:
+        probability, passes = _calibrated(rules.calibration, scores, itm, itc)
+        reason = drop_judged(reason, pa.array(~passes), "below_precision")
+    if config.expression is not None:
+        holds = _holds(config.expression, scores, shard)
+        reason = drop_judged(reason, pc.invert(holds), "expression")
+    ranks = {"itm": itm, "itc": itc, "fused": fused, "probability": probability}
+    rank = ranks[config.rank_by]
+    assert rank is not None
+    rank = rank + 0.0  # -0.0 and 0.0 are the same score
+    if config.best_of is not None:
+        contenders = pc.and_(pc.and_(pc.equal(scores["source"], "synthetic"), has_score), _none(reason))
+        worse = _not_best(scores, rank, _bools(contenders), config.best_of)
+        reason = drop(reason, pa.array(worse), "not_best")
+    counted = _bools(counted)
+    return Judged(scores, reason, counted, counted & _bools(_none(reason)), rank)
+
+
+def _none(reason: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.is_null(reason)
+
+
+def _bools(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as float64; null is NaN, for which no comparison holds."""
+    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+
+
+def _calibrated(
+    calibration: Calibration, scores: pa.Table, itm: np.ndarray, itc: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of a match and whether the source's threshold is reached, N each."""
+    sources = np.asarray(scores["source"].to_pylist(), dtype=object)
+    probability = np.full(len(itm), np.nan)
+    passes = np.ones(len(itm), dtype=bool)
+    scored = ~np.isnan(itm)
+    for source in ("web", "synthetic"):
+        rows = scored & (sources == source)
+        if rows.any():
+            probability[rows] = calibration.probability(itm[rows], itc[rows], source)
+            passes[rows] = calibration.keeps(itm[rows], itc[rows], source)
+    return probability, passes
+
+
+def _not_best(scores: pa.Table, rank: np.ndarray, contenders: np.ndarray, count: int) -> np.ndarray:
+    """Which contenders are not among the `count` best of their picture; ties go by uid. [N] bool."""
+    rows = np.flatnonzero(contenders)
+    out = np.zeros(len(rank), dtype=bool)
+    if len(rows) == 0:
+        return out
+    keys = np.asarray(scores["key"].to_pylist(), dtype=object)[rows]
+    uids = np.asarray(scores["uid"].to_pylist(), dtype=object)[rows]
+    order = sorted(range(len(rows)), key=lambda i: (keys[i], -rank[rows[i]], uids[i], rows[i]))
+    place, last = 0, None
+    for i in order:
+        place = place + 1 if keys[i] == last else 0
+        last = keys[i]
+        out[rows[i]] = place >= count
+    return out
+
+
+def _picture_columns(config: Filter) -> list[str]:
+    if config.expression is None:
+        return []
+    return [name for name in columns_of(config.expression) if name in IMAGE_COLUMNS]
+
+
+def _holds(expression: str, scores: pa.Table, shard: Shard) -> pa.ChunkedArray:
+    """Whether the expression is true of a pair (missing is not true), N."""
+    wanted = columns_of(expression)
+    columns = {name: scores[name] for name in wanted if name in SCORE_COLUMNS}
+    pictures = [name for name in wanted if name in IMAGE_COLUMNS]
+    if pictures:
+        images = shard.read("images", ["key", *pictures])
+        rows = pc.index_in(scores["key"], value_set=images["key"].combine_chunks())
+        columns |= {name: images[name].take(rows) for name in pictures}
+    if not columns:
+        columns = {"pair_id": scores["pair_id"]}
+    return _evaluate(expression, pa.table(columns))
+
+
+def _evaluate(expression: str, table: pa.Table) -> pa.ChunkedArray:
+    condition = compile_expression(expression)
+    try:
+        found = ds.dataset(table).to_table(columns={"holds": condition}, use_threads=False)
+        return pc.fill_null(found["holds"].cast(pa.bool_()), False)
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        raise ConfigError(
+            f"filter.expression {expression!r} does not fit the columns' types or values: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+def _check_types(expression: str) -> None:
+    """Tries the expression on no rows, so that a wrong type is found before anything is decided."""
+    kinds = {name: SCORES.field(name).type for name in SCORE_COLUMNS}
+    kinds |= {name: IMAGES.field(name).type for name in IMAGE_COLUMNS}
+    _evaluate(expression, pa.table({name: pa.array([], kind) for name, kind in kinds.items()}))
+
+
+# --- top fraction --------------------------------------------------------------------------------
+
+
+def find_cut(run: RunDir, rules: Rules, most_at_once: int = MOST_AT_ONCE) -> Cut | None:
+    """Where the top fraction of the run ends, exactly, in bounded memory.
+
+    Pairs are ordered by rank score (high to low), then uid, then pair id. The score's bits and the
+    uid's are one long number; each pass over the shards counts the next 16 bits of those pairs that
+    still lie where the cut does, until what lies there fits in memory (a radix selection).
+
+    Args:
+        run: its `scores/`, read once a pass.
+        rules: all that decides before the top fraction.
+        most_at_once: pairs held at a time.
+
+    Returns:
+        The cut; None when all pairs that are open are within the fraction.
+    """
+    names = run.shards("scores", ("web",))
+
+    def shards() -> Iterator[Judged]:
+        for name in names:
+            yield judge(Shard(run, name), rules)
+
+    counted = still_open = 0
+    for judged in shards():
+        counted += int(judged.counted.sum())
+        still_open += int(judged.open.sum())
+    assert rules.config.top_fraction is not None
+    wanted = share_of(counted, rules.config.top_fraction)
+    if wanted >= still_open:
+        return None
+    if wanted == 0:
+        return Cut(None)
+    prefix: tuple[int, ...] = ()
+    inside = still_open
+    while inside > most_at_once and len(prefix) < 8:
+        counts = np.zeros(1 << 16, np.int64)
+        for judged in shards():
+            counts += np.bincount(_next_digits(judged, prefix), minlength=1 << 16)
+        before = np.cumsum(counts)
+        digit = int(np.searchsorted(before, wanted))
+        wanted -= int(before[digit - 1]) if digit else 0
+        inside = int(counts[digit])
+        prefix = (*prefix, digit)
+    candidates: list[tuple[float, str, str]] = []
+    for judged in shards():
+        rows = _rows_in(judged, prefix)
+        taken = judged.scores.select(["uid", "pair_id"]).take(pa.array(rows))
+        uids, ids = (column.to_pylist() for column in taken.columns)
+        candidates.extend(zip((-judged.rank[rows]).tolist(), uids, ids, strict=True))
+    score, uid, pair_id = sorted(candidates)[wanted - 1]
+    return Cut(-score, uid, pair_id)
+
+
+def share_of(count: int, fraction: float) -> int:
+    """How many of `count` pairs a fraction is: the nearest whole number, halves up."""
+    return int(np.floor(count * fraction + 0.5))
+
+
+def _digits(rank: np.ndarray, uids: Callable[[], Iterable[str]], place: int) -> np.ndarray:
+    """16 bits of each pair's place in the order: 0..3 of the score, 4..7 of the uid. [N]."""
+    if place >= 4:
+        start = 4 * (place - 4)
+        return np.array([int(uid[start : start + 4], 16) for uid in uids()], dtype=np.int64)
+    bits = np.ascontiguousarray(rank).view(np.uint64)
+    sign = np.uint64(1 << 63)
+    # ascending in the score once negative numbers are flipped whole, and the others' sign set
+    ascending = np.where(bits & sign, ~bits, bits | sign)
+    return ((~ascending >> np.uint64(48 - 16 * place)) & np.uint64(0xFFFF)).astype(np.int64)
+
+
+def _rows_in(judged: Judged, prefix: tuple[int, ...]) -> np.ndarray:
+    rows = np.flatnonzero(judged.open)
+    for place, digit in enumerate(prefix):
+        rows = rows[_digits_at(judged, rows, place) == digit]
+    return rows
+
+
+def _next_digits(judged: Judged, prefix: tuple[int, ...]) -> np.ndarray:
+    return _digits_at(judged, _rows_in(judged, prefix), len(prefix))
+
+
+def _digits_at(judged: Judged, rows: np.ndarray, place: int) -> np.ndarray:
+    def uids() -> list[str]:
+        return judged.scores["uid"].take(pa.array(rows)).to_pylist()
+
+    return _digits(judged.rank[rows], uids, place)
+
+
+def _within(judged: Judged, cut: Cut) -> np.ndarray:
+    """Whether a pair stands at the cut or before it, [N] bool."""
+    if cut.score is None:
+        return np.zeros(len(judged.rank), dtype=bool)
+    within = judged.rank > cut.score
+    for row in np.flatnonzero(judged.rank == cut.score):
+        uid, pair_id = (judged.scores[name][row].as_py() for name in ("uid", "pair_id"))
+        within[row] = (uid or "", pair_id) <= (cut.uid, cut.pair_id)
+    return within

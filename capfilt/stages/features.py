@@ -1,33 +1,49 @@
-"""`features`: the frozen image tower's output of every usable picture, computed once for all stages.
+"""`features`: the frozen image tower's output of each usable picture, computed once for all stages.
 
 Only for the small preset, whose tower is never trained: pretraining, finetuning, captioning and
-scoring all read these tokens instead of decoding pictures again.
+scoring all read these tokens instead of decoding pictures again. What needs torch is imported when
+the tower is opened, so that a run with nothing to do ends at once.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
+from pydantic import BaseModel, ConfigDict
 
 from capfilt.config import Model
-from capfilt.models import med
-from capfilt.models.folder import med_config
-from capfilt.models.images import open_rgb, pixels
+from capfilt.models.weights import lite_weights
 from capfilt.schema import FEATURES
 from capfilt.shards import Shard
 from capfilt.stage import Transform
 
+if TYPE_CHECKING:
+    import torch
+
+    from capfilt.models.med import MEDConfig
+
 BATCH = 32
+
+
+class FeaturesConfig(BaseModel):
+    """What of the config's `model` section decides the output."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lite: str
+    image_size_px: int | None
 
 
 @dataclass(frozen=True)
 class FeaturesStage:
     """The stage `features`: `images/` to `features/`, usable pictures only."""
 
-    config: Model
+    settings: Model
     name: str = "features"
     version: int = 1
     table: str = "features"
@@ -38,30 +54,42 @@ class FeaturesStage:
     count_by: str | None = None
     cheap: bool = False
 
+    @property
+    def config(self) -> FeaturesConfig:
+        """The tower and its picture size; the rest of the model does not matter here."""
+        return FeaturesConfig(lite=self.settings.lite, image_size_px=self.settings.image_size_px)
+
     def weights(self) -> dict[str, Path]:
         """The ImageNet weights of the tower."""
-        return {"image_tower": med.lite_weights(self.config.lite)}
+        return {"image_tower": lite_weights(self.settings.lite)}
 
     def open(self, device: str) -> Transform:
         """Loads the tower."""
-        model = med.MED(med_config(self.config))
+        from capfilt.models import med
+        from capfilt.models.folder import med_config
+
+        model = med.MED(med_config(self.settings))
         med.init_lite(model)
         tower = model.vision.to(device).eval()
         return partial(encode_shard, tower=tower, config=model.config, device=device)
 
 
-@torch.inference_mode()
 def encode_shard(
-    shard: Shard, *, tower: torch.nn.Module, config: med.MEDConfig, device: str
+    shard: Shard, *, tower: torch.nn.Module, config: MEDConfig, device: str
 ) -> pa.Table:
     """Image tokens `[P, Dv]` of each usable picture of a shard, as float16."""
+    import torch
+
+    from capfilt.models.images import open_rgb, pixels
+
     table = shard.read("images", ["key", "image", "reason"])
     table = table.filter(pa.compute.is_null(table["reason"]))
     rows: list[bytes] = []
     for start in range(0, table.num_rows, BATCH):
         pictures = [open_rgb(data.as_py()) for data in table["image"][start : start + BATCH]]
         batch = pixels(pictures, config.image_size_px, config.image_tower).to(device)
-        maps = tower(batch)
-        tokens = maps.flatten(2).transpose(1, 2).to("cpu", torch.float16).numpy()
+        with torch.inference_mode():
+            maps = tower(batch)
+            tokens = maps.flatten(2).transpose(1, 2).to("cpu", torch.float16).numpy()
         rows += [np.ascontiguousarray(row).tobytes() for row in tokens]
     return pa.table({"key": table["key"], "tokens": pa.array(rows, pa.large_binary())})

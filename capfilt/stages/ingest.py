@@ -71,6 +71,18 @@ def list_shards(config: Config, source: Source) -> list[str]:
     return shard_names(source, rows, config.download.shard_size)
 
 
+def first_pictures(config: Config, source: Source, count: int) -> tuple[Path, list[str]]:
+    """The folder of a source's pictures, and the paths in it that the first rows of its list name.
+
+    Raises:
+        InputError: the list or the folder of pictures is missing, or a column of the list.
+    """
+    listed = _open_list(config, source)
+    return listed.folder, [
+        path or "" for path in text_column(listed.table.slice(0, count), listed.image_column)
+    ]
+
+
 def _section(config: Config, source: Source) -> Human | Web:
     return config.human if source == "human" else config.web
 

@@ -1,26 +1,30 @@
 """`score`: ITM probability and ITC similarity of every pair, by the matcher (paper, section 3.3).
 
-Each picture goes through its tower once for all its texts. A pair that can't be scored keeps its row,
-with the reason.
+Each picture goes through its tower once for all its texts. A pair that can't be scored keeps its
+row, with the reason. What needs torch is imported when the matcher is opened: a run with nothing to
+do ends at once.
 """
+
+from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import torch
 
 from capfilt.config import Score
-from capfilt.models import folder as model_folder
-from capfilt.models.med import MED
-from capfilt.models.tokens import clean, tokenize
 from capfilt.schema import SCORES
 from capfilt.shards import Shard
 from capfilt.stage import Transform
-from capfilt.stages.batches import image_batches
+
+if TYPE_CHECKING:
+    import torch
+
+    from capfilt.models.med import MED
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class ScoreStage:
 
     def open(self, device: str) -> Transform:
         """Loads the matcher."""
+        from capfilt.models import folder as model_folder
+
         model, tokenizer, _ = model_folder.load(self.model)
         return partial(
             score_shard,
@@ -72,7 +78,6 @@ class ScoreStage:
         )
 
 
-@torch.inference_mode()
 def score_shard(
     shard: Shard,
     *,
@@ -84,11 +89,18 @@ def score_shard(
     device: str,
 ) -> pa.Table:
     """Scores of all pairs of a shard."""
+    import torch
+
+    from capfilt.models.tokens import clean
+    from capfilt.stages.batches import image_batches
+
     images = shard.read("images", ["key", "captions", "reason", "sha256"])
     rows: dict[str, dict[str, object]] = {}
     pairs: dict[str, list[str]] = defaultdict(list)
 
-    def add(pair_id: str, key: str, origin: str, text: str, reason: str | None, digest: str) -> None:
+    def add(
+        pair_id: str, key: str, origin: str, text: str, reason: str | None, digest: str
+    ) -> None:
         error = reason or (None if clean(text) else "empty_caption")
         rows[pair_id] = {
             "pair_id": pair_id,
@@ -114,16 +126,19 @@ def score_shard(
             digest = digests[caption["key"]]
             add(caption["pair_id"], caption["key"], "synthetic", caption["caption"], None, digest)
     if source == "web" or config.human:
-        for keys, features in image_batches(shard, model, use_features, config.batch_size, device):
-            names = [pair_id for key in keys for pair_id in pairs[key]]
-            owners = [row for row, key in enumerate(keys) for _ in pairs[key]]
-            if not names:
-                continue
-            texts = [str(rows[name]["caption"]) for name in names]
-            itm, itc = score_pairs(model, tokenizer, features, texts, owners, config)
-            for name, probability, similarity in zip(names, itm, itc, strict=True):
-                rows[name]["itm_prob"] = probability
-                rows[name]["itc_sim"] = similarity
+        with torch.inference_mode():
+            for keys, features in image_batches(
+                shard, model, use_features, config.batch_size, device
+            ):
+                names = [pair_id for key in keys for pair_id in pairs[key]]
+                owners = [row for row, key in enumerate(keys) for _ in pairs[key]]
+                if not names:
+                    continue
+                texts = [str(rows[name]["caption"]) for name in names]
+                itm, itc = score_pairs(model, tokenizer, features, texts, owners, config)
+                for name, probability, similarity in zip(names, itm, itc, strict=True):
+                    rows[name]["itm_prob"] = probability
+                    rows[name]["itc_sim"] = similarity
     ordered = [rows[pair_id] for pair_id in sorted(rows)]
     return pa.Table.from_pylist(ordered, schema=SCORES)
 
@@ -149,6 +164,10 @@ def score_pairs(
     Returns:
         Probabilities 0..1 and cosines -1..1, N each.
     """
+    import torch
+
+    from capfilt.models.tokens import clean, tokenize
+
     device = features.device
     images = model.embed_image(features)
     cross = model.cross_keys_values(model.adapt(features), "encoder")
@@ -175,5 +194,5 @@ def score_pairs(
 
 
 def pair_uid(sha256: str, caption: str) -> str:
-    """The content address of a pair: sha256 of the picture's digest, a newline and the text, hex."""
+    """The content address of a pair: sha256 of the picture's digest, a newline and the text."""
     return hashlib.sha256(f"{sha256}\n{caption}".encode()).hexdigest()

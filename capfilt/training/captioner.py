@@ -14,7 +14,7 @@ from capfilt.models.generation import generate
 from capfilt.models.med import MED
 from capfilt.models.tokens import decode, prompt_ids
 from capfilt.shards import RunDir
-from capfilt.training import objectives
+from capfilt.training import objectives, ranks
 from capfilt.training.data import Batch, Stream, take_inventory
 from capfilt.training.loop import Progress, train
 
@@ -63,7 +63,8 @@ def finetune_captioner(
         validate=validate,
         progress=progress,
     )
-    model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
+    if ranks.is_first():
+        model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
     return {**result, "pictures": len(inventory), "left_out": dict(inventory.skipped)}
 
 
@@ -80,8 +81,8 @@ def captioner_losses(
 ) -> dict[str, Tensor]:
     """LM of one batch."""
     features = objectives.image_features(model, batch, device)
-    features, cells = objectives.drop_cells(features, settings.image_dropout, generator)
-    cross = model.cross_keys_values(model.adapt(features, cells), "decoder")
+    features = objectives.augment_features(features, settings.image_dropout, generator)
+    cross = model.cross_keys_values(model.adapt(features), "decoder")
     lm = objectives.lm_objective(
         model,
         tokenizer,
@@ -91,6 +92,7 @@ def captioner_losses(
         max_tokens=settings.max_tokens,
         label_smoothing=settings.label_smoothing,
         vocabulary=vocabulary,
+        whole=batch.whole,
     )
     return {"loss": lm, "lm": lm}
 

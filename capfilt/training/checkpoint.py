@@ -1,10 +1,13 @@
-"""Checkpoints that a stopped training goes on from; written beside and renamed, so never half there.
+"""Checkpoints that a stopped training goes on from; written beside and renamed, never half there.
 
 One file holds everything that the next step depends on. Random draws don't need to be in it: they
-are keyed by (seed, step).
+are keyed by (seed, step). The names carry the start of the training's fingerprint, so that two
+trainings in one folder leave each other's files alone. The last two checkpoints are kept: should
+the last one be damaged, the one before takes its place.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from capfilt.models.momentum import _tensors as tensors_of
+from capfilt.errors import MismatchError
 from capfilt.training.optim import AveragedWeights
 
-FILE = re.compile(r"^step-(\d+)\.pt$")
+log = logging.getLogger(__name__)
+
+KEPT = 2
 
 
 def save_checkpoint(
@@ -29,9 +34,9 @@ def save_checkpoint(
     *,
     averaged: AveragedWeights | None = None,
     others: dict[str, nn.Module] | None = None,
-    best: dict[str, Any] | None = None,
+    validation: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes `step-<n>.pt` and deletes the older ones.
+    """Writes a checkpoint and deletes this training's older ones but the one before.
 
     Args:
         folder: the training's checkpoint folder.
@@ -41,33 +46,30 @@ def save_checkpoint(
         optimizer: its state.
         averaged: the averaged weights, if any.
         others: modules with a state of their own (momentum encoder, queue).
-        best: what validation found so far, plain values.
+        validation: what validation found so far, plain values.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        "step": step,
-        "fingerprint": fingerprint,
-        "model": {
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
+    path = _path(folder, "step", step, fingerprint)
+    _write(
+        path,
+        {
+            "step": step,
+            "fingerprint": fingerprint,
+            "model": trained_weights(model),
+            "optimizer": optimizer.state_dict(),
+            "averaged": averaged.state_dict() if averaged else None,
+            "others": {name: other.state_dict() for name, other in (others or {}).items()},
+            "validation": json.dumps(validation),
         },
-        "optimizer": optimizer.state_dict(),
-        "averaged": averaged.state_dict() if averaged else None,
-        "others": {name: dict(tensors_of(other)) for name, other in (others or {}).items()},
-        "best": json.dumps(best) if best else None,
-    }
-    path = folder / f"step-{step}.pt"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    for other in folder.iterdir():
-        found = FILE.match(other.name)
-        if (found and int(found[1]) < step) or other.suffix == ".tmp":
-            other.unlink()
+    )
+    steps = _steps(folder, "step", fingerprint)
+    for old in steps[KEPT:]:
+        _path(folder, "step", old, fingerprint).unlink()
+    # the oldest checkpoint that is left goes back to the best weights of its time, or later ones
+    of_its_time = [best for best in _steps(folder, "best", fingerprint) if best <= steps[:KEPT][-1]]
+    for old in of_its_time[1:]:
+        _path(folder, "best", old, fingerprint).unlink()
+    for torn in folder.glob(f"*-{fingerprint[:12]}.tmp"):
+        torn.unlink()
     return path
 
 
@@ -80,40 +82,102 @@ def load_checkpoint(
     averaged: AveragedWeights | None = None,
     others: dict[str, nn.Module] | None = None,
 ) -> tuple[int, dict[str, Any] | None]:
-    """Restores the newest checkpoint of this training in place.
+    """Restores the newest readable checkpoint of this training in place.
 
     Returns:
         The steps done (0 when there is none) and what validation had found.
+
+    Raises:
+        MismatchError: the checkpoint is this training's, and was written by other code.
     """
-    for path in sorted(
-        (path for path in folder.glob("step-*.pt") if FILE.match(path.name)),
-        key=lambda path: -int(FILE.match(path.name)[1]),  # type: ignore[index]
-    ):
-        state = torch.load(path, weights_only=True, map_location="cpu")
+    for step in _steps(folder, "step", fingerprint):
+        path = _path(folder, "step", step, fingerprint)
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:
+            # of damaged bytes torch raises nearly anything: RuntimeError, EOFError, KeyError, ...
+            log.warning("%s can't be read (%s); going on from the one before", path, error)
+            continue
         if state["fingerprint"] != fingerprint:
             continue
-        named = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in state["model"].items():
-                named[name].copy_(weight)
+        try:
+            load_trained_weights(model, state["model"])
             for name, other in (others or {}).items():
-                for key, tensor in tensors_of(other).items():
-                    tensor.copy_(state["others"][name][key])
-                if hasattr(other, "_read_count"):
-                    other._read_count()
-        optimizer.load_state_dict(state["optimizer"])
-        if averaged is not None:
-            averaged.load_state_dict(state["averaged"])
-        return int(state["step"]), json.loads(state["best"]) if state["best"] else None
+                other.load_state_dict(state["others"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            if averaged is not None:
+                averaged.load_state_dict(state["averaged"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise MismatchError(
+                f"{path} does not fit this model ({error}): another version of capfilt wrote it; "
+                f"delete {folder} to train from the start"
+            ) from None
+        return int(state["step"]), json.loads(state["validation"])
     return 0, None
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder, if any."""
-    found = [path for path in folder.glob("step-*.pt") if FILE.match(path.name)]
-    return max(found, key=lambda path: int(FILE.match(path.name)[1]), default=None)  # type: ignore[index]
+def save_best(folder: Path, step: int, fingerprint: str, model: nn.Module) -> None:
+    """Keeps the weights that validation liked best, found again by their step."""
+    _write(_path(folder, "best", step, fingerprint), trained_weights(model))
+
+
+def load_best(folder: Path, step: int, fingerprint: str, model: nn.Module) -> None:
+    """Puts the weights that `save_best` kept back into the model."""
+    path = _path(folder, "best", step, fingerprint)
+    load_trained_weights(model, torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def last_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+    """The newest checkpoint of a training, if any."""
+    steps = _steps(folder, "step", fingerprint)
+    return _path(folder, "step", steps[0], fingerprint) if steps else None
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Deletes the folder: the finished model stands beside it."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training moves, each once."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trained_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fills a model in place from `trained_weights`' output.
+
+    Raises:
+        ValueError: the two have not the same names.
+    """
+    wanted = trained_weights(model)
+    if different := sorted(wanted.keys() ^ weights.keys()):
+        raise ValueError(f"only one of file and model has {', '.join(different[:8])}")
+    for name, weight in weights.items():
+        wanted[name].copy_(weight)
+
+
+def _path(folder: Path, kind: str, step: int, fingerprint: str) -> Path:
+    return folder / f"{kind}-{step}-{fingerprint[:12]}.pt"
+
+
+def _steps(folder: Path, kind: str, fingerprint: str) -> list[int]:
+    """The steps of a training's files, newest first."""
+    name = re.compile(rf"^{kind}-(\d+)-{re.escape(fingerprint[:12])}\.pt$")
+    if not folder.is_dir():
+        return []
+    return sorted((int(m[1]) for p in folder.iterdir() if (m := name.match(p.name))), reverse=True)
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

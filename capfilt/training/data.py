@@ -1,24 +1,27 @@
 """What a training reads of a run: pictures (or their cached features) and texts, in a seeded order.
 
-Shards are read a window at a time and shuffled inside it, so that memory stays bounded however large
-the run is. A set that fits one window is read once.
+Shards are read a window at a time and shuffled inside it, so that memory stays bounded however
+large the run is. A set that fits one window is read once.
 
 Dimensions: B batch, P image tokens, Dv width of the image tower.
 """
 
 import hashlib
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch import Tensor
 
-from capfilt.errors import InputError
-from capfilt.models.images import augment, open_rgb, pixels
+from capfilt.errors import ConfigError, InputError
+from capfilt.models.images import ImageError, augment, open_rgb, pixels
 from capfilt.models.med import MEDConfig
 from capfilt.models.tokens import clean
 from capfilt.shards import RunDir, Shard
@@ -26,7 +29,13 @@ from capfilt.shards import RunDir, Shard
 log = logging.getLogger(__name__)
 
 WINDOW_ROWS = 20_000
-"""Pictures held in memory at a time (3.5 GB of cached features, less of encoded pictures)."""
+"""Pictures shuffled together, and held in memory, at a time (2.5 GB of cached features, less of
+encoded pictures). A larger shard is a window of its own."""
+DECODERS = min(8, os.cpu_count() or 1)
+"""Threads that decode pictures (Pillow lets go of the interpreter's lock)."""
+
+Member = tuple[str, int]
+"""A picture: its shard, and its position among the shard's usable rows."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Batch:
         human: bool `[B]`, whether the pair is human-labelled.
         features: float32 `[B, P, Dv]` from the cache, or None.
         pixels: float32 `[B, 3, S, S]`, or None.
+        whole: captions of the whole batch, when this is a slice of it (gradient accumulation).
     """
 
     keys: list[str]
@@ -48,6 +58,7 @@ class Batch:
     human: Tensor
     features: Tensor | None
     pixels: Tensor | None
+    whole: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,14 @@ class Inventory:
     Attributes:
         shards: names of the shards with usable pairs, with the usable rows of each.
         captions: cleaned, non-empty texts of each usable row, by shard.
+        image_ids: int64, of each usable row, by shard: equal where the pictures' bytes are.
         skipped: rows that can't be used, by reason.
         examples: a few keys of those, by reason.
     """
 
     shards: dict[str, np.ndarray]
     captions: dict[str, list[list[str]]]
+    image_ids: dict[str, np.ndarray]
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -75,24 +88,42 @@ class Inventory:
         return [text for shard in self.captions.values() for texts in shard for text in texts]
 
     def split(self, fraction: float, seed: int) -> "tuple[Inventory, Inventory]":
-        """Splits pictures by a hash of their key: about `fraction` of them go to the second part."""
+        """Splits pictures by a hash of their key: about `fraction` of them go to the second part.
+
+        Raises:
+            InputError: the first part has fewer than two pictures.
+        """
         parts = []
         for held_out in (False, True):
-            shards, captions = {}, {}
+            part = Inventory({}, {}, {})
             for name, rows in self.shards.items():
                 chosen = [
-                    i for i, row in enumerate(rows) if (_unit(seed, name, row) < fraction) == held_out
+                    i
+                    for i, row in enumerate(rows)
+                    if (_unit(seed, name, row) < fraction) == held_out
                 ]
                 if chosen:
-                    shards[name] = rows[chosen]
-                    captions[name] = [self.captions[name][i] for i in chosen]
-            parts.append(Inventory(shards, captions))
+                    part.shards[name] = rows[chosen]
+                    part.captions[name] = [self.captions[name][i] for i in chosen]
+                    part.image_ids[name] = self.image_ids[name][chosen]
+            parts.append(part)
+        parts[0].skipped.update(self.skipped)
+        parts[0].examples.update(self.examples)
+        if len(parts[0]) < 2:
+            raise InputError(
+                f"val_fraction: {fraction} of {len(self)} pictures held out leaves {len(parts[0])} "
+                "to train on; lower it, or give more pictures"
+            )
         return parts[0], parts[1]
 
 
 def _unit(seed: int, name: str, row: int) -> float:
-    digest = hashlib.blake2b(f"{seed}|{name}|{row}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return _hash(f"{seed}|{name}|{row}") / 2**64
+
+
+def _hash(text: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def take_inventory(run: RunDir, sources: tuple[str, ...], max_words: int = 30) -> Inventory:
@@ -101,12 +132,17 @@ def take_inventory(run: RunDir, sources: tuple[str, ...], max_words: int = 30) -
     Raises:
         InputError: fewer than two usable pictures are left.
     """
-    inventory = Inventory({}, {})
+    inventory = Inventory({}, {}, {})
     for name in run.shards("images", sources):
-        table = Shard(run, name).read("images", ["key", "captions", "reason"])
-        rows, captions = [], []
-        for row, (key, texts, reason) in enumerate(zip(*table.to_pydict().values(), strict=True)):
-            cleaned = [text for text in (clean(text or "", max_words) for text in texts) if text]
+        columns = ["key", "captions", "reason", "sha256"]
+        table = Shard(run, name).read("images", columns).select(columns)
+        rows, captions, ids = [], [], []
+        for row, (key, texts, reason, sha256) in enumerate(
+            zip(*table.to_pydict().values(), strict=True)
+        ):
+            cleaned = [
+                text for text in (clean(text or "", max_words) for text in texts or []) if text
+            ]
             if reason is None and not cleaned:
                 reason = "empty_caption"
             if reason is not None:
@@ -117,9 +153,11 @@ def take_inventory(run: RunDir, sources: tuple[str, ...], max_words: int = 30) -
                 continue
             rows.append(row)
             captions.append(cleaned)
+            ids.append(int(sha256[:16], 16) >> 1 if sha256 else _hash(key) >> 1)
         if rows:
             inventory.shards[name] = np.array(rows)
             inventory.captions[name] = captions
+            inventory.image_ids[name] = np.array(ids)
     for reason, count in inventory.skipped.items():
         named = ", ".join(inventory.examples[reason])
         log.info("%d %s pictures left out of training: %s (%s, …)", count, sources, reason, named)
@@ -133,7 +171,7 @@ def take_inventory(run: RunDir, sources: tuple[str, ...], max_words: int = 30) -
 
 
 class Stream:
-    """Endless seeded batches of an inventory; `skip` steps over what a stopped training has seen."""
+    """Endless seeded batches of an inventory, from any step on."""
 
     def __init__(
         self,
@@ -145,8 +183,6 @@ class Stream:
         seed: int,
         use_features: bool,
         train: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         """Prepares the order; reads nothing yet.
 
@@ -158,101 +194,180 @@ class Stream:
             seed: of the order, the texts drawn and the augmentation.
             use_features: read `features/` instead of decoding pictures.
             train: augment pictures and draw a text a picture; else the first text.
-            rank: of this process; it gets every `world_size`-th row of a batch.
-            world_size: processes.
         """
         self.run, self.inventory, self.model = run, inventory, model
         self.batch_size, self.seed, self.use_features = batch_size, seed, use_features
-        self.train, self.rank, self.world_size = train, rank, world_size
-        self._window: tuple[list[str], dict[str, pa.Table]] | None = None
+        self.train = train
+        self._held: dict[str, _Pictures] = {}
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yields batches from a step on, for ever; the last, smaller batch of an epoch is left out."""
-        per_epoch = max(1, len(self.inventory) // self.batch_size)
-        step = start_step
-        while True:
-            epoch, offset = divmod(step, per_epoch)
-            for position, members in enumerate(self._epoch(epoch)):
-                if position < offset:
-                    continue
-                yield self._load(members, epoch, step)
-                step += 1
+    def batches(
+        self, start_step: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yields batches from a step on, for ever; the last, smaller batch of an epoch is left out.
+
+        What a row holds depends on the seed, the step and its place in the batch only. A rank gets
+        its part of the rows, and all ranks' parts in order are the batch of a single process.
+
+        Args:
+            start_step: steps that a stopped training has done.
+            rank: of this process.
+            world_size: processes.
+
+        Raises:
+            ConfigError: the batch does not divide by the number of processes.
+        """
+        size = min(self.batch_size, len(self.inventory))
+        if size % world_size:
+            raise ConfigError(
+                f"batch_size: a batch of {size} pictures does not divide by {world_size} "
+                "processes; set it to a multiple, or start another number of processes"
+            )
+        return self._one_ahead(
+            self._steps(start_step, rank * size // world_size, size // world_size)
+        )
 
     def in_order(self) -> Iterator[Batch]:
         """Yields every picture once, in order, the last batch as it comes (for validation)."""
-        members = [(name, i) for name, rows in self.inventory.shards.items() for i in range(len(rows))]
-        for start in range(0, len(members), self.batch_size):
-            yield self._load(members[start : start + self.batch_size], 0, 0)
+        members = [
+            (name, i) for name, rows in self.inventory.shards.items() for i in range(len(rows))
+        ]
+        parts = (members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size))
+        return self._one_ahead(_Step(part, {name for name, _ in part}, 0, 0) for part in parts)
 
-    def _epoch(self, epoch: int) -> Iterator[list[tuple[str, int]]]:
-        """Batches of (shard, position in the shard's usable rows), shuffled inside windows of shards."""
+    def _steps(self, start_step: int, first: int, count: int) -> "Iterator[_Step]":
+        per_epoch = max(1, len(self.inventory) // self.batch_size)
+        epoch, done = divmod(start_step, per_epoch)
+        step = start_step
+        while True:
+            for position, (members, window) in enumerate(self._epoch(epoch)):
+                if position >= done:
+                    yield _Step(members[first : first + count], window, step, first)
+                    step += 1
+            epoch, done = epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> Iterator[tuple[list[Member], set[str]]]:
+        """An epoch's batches, shuffled inside windows of shards, with the shards of the window."""
         rng = np.random.default_rng([self.seed, epoch])
         names = list(self.inventory.shards)
-        pending: list[tuple[str, int]] = []
-        given = 0
-        window: list[tuple[str, int]] = []
         size = min(self.batch_size, len(self.inventory))
-        order = [names[i] for i in rng.permutation(len(names))]
-        for number, name in enumerate(order):
-            window += [(name, i) for i in range(len(self.inventory.shards[name]))]
-            if len(window) < WINDOW_ROWS and number < len(order) - 1:
-                continue
-            pending += [window[i] for i in rng.permutation(len(window))]
-            window = []
+        pending: list[Member] = []
+        for window in self._windows([names[i] for i in rng.permutation(len(names))]):
+            rows = [(name, i) for name in window for i in range(len(self.inventory.shards[name]))]
+            pending += [rows[i] for i in rng.permutation(len(rows))]
             while len(pending) >= size:
-                yield pending[:size]
+                yield pending[:size], set(window)
                 pending = pending[size:]
-                given += 1
 
-    def _load(self, members: list[tuple[str, int]], epoch: int, step: int) -> Batch:
-        members = members[self.rank :: self.world_size]
-        rng = np.random.default_rng([self.seed, 1, step, self.rank])
-        captions, keys, features, pictures = [], [], [], []
-        for name, position in members:
+    def _windows(self, names: list[str]) -> Iterator[list[str]]:
+        window: list[str] = []
+        rows = 0
+        for name in names:
+            more = len(self.inventory.shards[name])
+            if window and rows + more > WINDOW_ROWS:
+                yield window
+                window, rows = [], 0
+            window.append(name)
+            rows += more
+        yield window
+
+    def _one_ahead(self, steps: "Iterable[_Step]") -> Iterator[Batch]:
+        """Loads each batch while the one before is trained on."""
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(DECODERS) as decoders:
+            waiting: Future[Batch] | None = None
+            for step in steps:
+                coming = reader.submit(self._load, step, decoders)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = coming
+            if waiting is not None:
+                yield waiting.result()
+
+    def _load(self, step: "_Step", decoders: ThreadPoolExecutor) -> Batch:
+        # of earlier windows only what this batch still needs stays in memory
+        needed = step.window | {name for name, _ in step.members}
+        self._held = {name: held for name, held in self._held.items() if name in needed}
+        rngs = [
+            np.random.default_rng([self.seed, 1, step.number, step.first_row + i])
+            for i in range(len(step.members))
+        ]
+        keys, captions, values = [], [], []
+        for (name, position), rng in zip(step.members, rngs, strict=True):
             texts = self.inventory.captions[name][position]
             captions.append(texts[int(rng.integers(len(texts)))] if self.train else texts[0])
-            table = self._table(name)
-            row = int(self.inventory.shards[name][position])
-            keys.append(table["key"][row].as_py())
-            if self.use_features:
-                raw = np.frombuffer(table["tokens"][row].as_buffer(), np.float16)
-                features.append(raw.reshape(self.model.image_tokens, self.model.image_width))
-            else:
-                picture = open_rgb(table["image"][row].as_py())
-                if self.train:
-                    picture = augment(picture, rng, self.model.image_size_px)
-                pictures.append(
-                    pixels([picture], self.model.image_size_px, self.model.image_tower)
-                )
-        ids = [int(hashlib.blake2b(key.encode(), digest_size=8).hexdigest(), 16) >> 1 for key in keys]
+            if name not in self._held:
+                self._held[name] = self._read(name)
+            held = self._held[name]
+            keys.append(held.keys[position].as_py())
+            values.append(held.values[int(held.rows[position])])
+        features = pictures = None
+        if self.use_features:
+            shape = (self.model.image_tokens, self.model.image_width)
+            raw = [np.frombuffer(value.as_buffer(), np.float16).reshape(shape) for value in values]
+            features = torch.from_numpy(np.stack(raw).astype(np.float32))
+        else:
+            shards = [name for name, _ in step.members]
+            data = (value.as_py() for value in values)
+            decoded = list(decoders.map(self._picture, data, rngs, shards, keys))
+            pictures = pixels(decoded, self.model.image_size_px, self.model.image_tower)
         return Batch(
             keys=keys,
-            image_ids=torch.tensor(ids),
+            image_ids=torch.tensor([int(self.inventory.image_ids[n][i]) for n, i in step.members]),
             captions=captions,
-            human=torch.tensor([name.startswith("human") for name, _ in members]),
-            features=torch.from_numpy(np.stack(features)).float() if features else None,
-            pixels=torch.cat(pictures) if pictures else None,
+            human=torch.tensor([name.startswith("human") for name, _ in step.members]),
+            features=features,
+            pixels=pictures,
         )
 
-    def _table(self, name: str) -> dict[str, pa.Array]:
-        if self._window is None:
-            self._window = ([], {})
-        names, tables = self._window
-        if name not in tables:
-            held = sum(len(table["key"]) for table in tables.values())
-            columns = ["key", "tokens"] if self.use_features else ["key", "image"]
-            read = Shard(self.run, name).read("features" if self.use_features else "images", columns)
-            if self.use_features:
-                read = _aligned(read, self.run, name)
-            while names and held + read.num_rows > 2 * WINDOW_ROWS:
-                held -= len(tables.pop(names.pop(0))["key"])
-            names.append(name)
-            tables[name] = {column: read.column(column).combine_chunks() for column in columns}
-        return tables[name]
+    def _picture(self, data: bytes, rng: np.random.Generator, shard: str, key: str) -> Image.Image:
+        try:
+            picture = open_rgb(data)
+        except ImageError as error:
+            path = self.run.table("images", shard)
+            raise InputError(
+                f"{path}: the picture {key} could be read when it was taken in, and can't be now "
+                f"({error}): the file is damaged. Delete it and its manifest and run `capfilt run "
+                "CONFIG` to make it again"
+            ) from None
+        return augment(picture, rng, self.model.image_size_px) if self.train else picture
+
+    def _read(self, name: str) -> "_Pictures":
+        """A shard's usable pictures, or their features."""
+        usable = pa.array(self.inventory.shards[name])
+        column = "tokens" if self.use_features else "image"
+        table = "features" if self.use_features else "images"
+        read = Shard(self.run, name).read(table, ["key", column])
+        # 64-bit offsets: the pictures of one shard may well be more than 2 GB
+        values = read.column(column).cast(pa.large_binary()).combine_chunks()
+        keys = read.column("key").combine_chunks()
+        if not self.use_features:
+            return _Pictures(keys.take(usable), values, self.inventory.shards[name])
+        wanted = Shard(self.run, name).read("images", ["key"]).column("key").combine_chunks()
+        wanted = wanted.take(usable)
+        rows = pa.compute.index_in(wanted, value_set=keys)
+        if rows.null_count:
+            missing = wanted[rows.is_null().to_pylist().index(True)]
+            raise InputError(
+                f"{self.run.table('features', name)} has no features of {rows.null_count} "
+                f"pictures, {missing} for one; delete it and its manifest and run "
+                "`capfilt features CONFIG`"
+            )
+        return _Pictures(wanted, values, rows.to_numpy())
 
 
-def _aligned(features: pa.Table, run: RunDir, name: str) -> pa.Table:
-    """Features in the rows of `images/` (pictures that can't be used have none)."""
-    keys = Shard(run, name).read("images", ["key"]).column("key")
-    rows = pa.compute.index_in(keys, value_set=features.column("key").combine_chunks())
-    return pa.table({"key": keys, "tokens": features.column("tokens").combine_chunks().take(rows)})
+@dataclass(frozen=True)
+class _Step:
+    """What one batch is made of: pictures, the shards to keep, the step, the place of row 0."""
+
+    members: list[Member]
+    window: set[str]
+    number: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """A shard in memory: keys of its usable rows, the file's values, and the value of each row."""
+
+    keys: pa.Array
+    values: pa.Array
+    rows: np.ndarray

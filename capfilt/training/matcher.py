@@ -13,7 +13,7 @@ from capfilt.evaluation.retrieval import recall_at
 from capfilt.models import folder as model_folder
 from capfilt.models.med import MED
 from capfilt.shards import RunDir
-from capfilt.training import objectives
+from capfilt.training import objectives, ranks
 from capfilt.training.data import Batch, Stream, take_inventory
 from capfilt.training.loop import Progress, train
 from capfilt.training.swaps import WordSwaps
@@ -69,7 +69,8 @@ def finetune_matcher(
         validate=validate,
         progress=progress,
     )
-    model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
+    if ranks.is_first():
+        model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
     return {**result, "pictures": len(inventory), "left_out": dict(inventory.skipped)}
 
 
@@ -90,7 +91,7 @@ def matcher_losses(
     """ITC + ITM of one batch."""
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
-    features, cells = objectives.drop_cells(features, settings.image_dropout, generator)
+    features = objectives.augment_features(features, settings.image_dropout, generator)
     ids, mask = objectives.tokenize(tokenizer, batch.captions, settings.max_tokens, first_token="cls")
     ids, mask = ids.to(device), mask.to(device)
     embedded = objectives.Embedded(model.embed_image(features), model.embed_text(ids, mask))
@@ -104,12 +105,14 @@ def matcher_losses(
                 further.append((row, swapped))
         if foreign and rng.random() < settings.itm.web_negatives:
             further.append((row, foreign[int(rng.integers(len(foreign)))]))
+    adapted = model.adapt(features, embedded.images)
     itm, right = objectives.itm_objective(
         model,
         tokenizer,
         batch.captions,
         embedded,
-        model.cross_keys_values(model.adapt(features, cells), "encoder"),
+        adapted,
+        model.cross_keys_values(adapted, "encoder"),
         image_ids,
         hardness=min(1.0, step / easy_steps) if easy_steps else 1.0,
         max_tokens=settings.max_tokens,

@@ -17,6 +17,7 @@ from capfilt.models import losses
 from capfilt.models.med import MED, CrossKeysValues
 from capfilt.models.momentum import momentum_copy, momentum_update
 from capfilt.models.tokens import tokenize
+from capfilt.training import ranks
 from capfilt.training.data import Batch
 
 
@@ -41,28 +42,26 @@ def image_features(model: MED, batch: Batch, device: str) -> Tensor:
     return model.encode_image(batch.pixels.to(device))
 
 
-def drop_cells(features: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Random erasing on cached features: leaves out a share of the grid's cells, and flips half of
-    the batches left to right.
+def augment_features(features: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Augments a cached feature map: flips half of them left to right, and blanks some cells.
 
     Args:
         features: `[B, P, Dv]`, a square grid.
-        share: of the cells, 0..1; 0 leaves everything as it is.
+        share: of the cells to blank, 0..1; 0 leaves everything as it is.
         generator: source of the draws (CPU).
 
     Returns:
-        The features left `[B, P', Dv]` and the cell that each stands for `[B, P']`, or None.
+        `[B, P, Dv]`.
     """
     if share == 0:
-        return features, None
+        return features
     rows, cells, _ = features.shape
     side = round(cells**0.5)
-    left = max(1, round(cells * (1 - share)))
-    order = torch.rand(rows, cells, generator=generator).argsort(1)[:, :left].to(features.device)
-    kept = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    flip = (torch.rand(rows, 1, generator=generator) < 0.5).to(features.device)
-    mirrored = order - order % side + (side - 1 - order % side)
-    return kept, torch.where(flip, mirrored, order)
+    flip = (torch.rand(rows, 1, 1, 1, generator=generator) < 0.5).to(features.device)
+    grid = features.unflatten(1, (side, side))
+    features = torch.where(flip, grid.flip(2), grid).flatten(1, 2)
+    blank = torch.rand(rows, cells, 1, generator=generator) < share
+    return features.masked_fill(blank.to(features.device), 0.0)
 
 
 class Contrast:
@@ -138,6 +137,7 @@ def itm_objective(
     tokenizer: PreTrainedTokenizerBase,
     captions: list[str],
     embedded: Embedded,
+    adapted: Tensor,
     cross: CrossKeysValues,
     image_ids: Tensor,
     *,
@@ -149,16 +149,19 @@ def itm_objective(
 ) -> tuple[Tensor, Tensor]:
     """ITM on the positives, one hard text an image, one hard image a text, and further negatives.
 
+    With several processes the hard ones are drawn from the batch of all of them.
+
     Args:
         model: the MED.
         tokenizer: of its text tower.
         captions: B texts.
         embedded: their and the images' ITC embeddings.
+        adapted: the B images' tokens, from `MED.adapt`.
         cross: keys and values of the B images.
         image_ids: `[B]`.
         hardness: 0 draws negatives at random, 1 as the paper does.
         max_tokens: longest text.
-        generator: source of the draws.
+        generator: source of the draws; in the same state on all ranks.
         further: more negatives: the image's row and a text that does not match it.
         weight: `[B]`, how much each positive counts.
 
@@ -167,8 +170,12 @@ def itm_objective(
     """
     count = len(captions)
     device = embedded.images.device
+    images = losses.gather_with_gradient(embedded.images)
+    texts = losses.gather_with_gradient(embedded.texts)
+    everyone = [caption for part in ranks.gather(captions) for caption in part]
     with torch.no_grad():
-        sim = embedded.images @ embedded.texts.T
+        sim = images @ texts.T
+        image_ids = losses.gather_with_gradient(image_ids)
         hard_text, hard_image = losses.hard_negatives(
             sim.cpu(),
             image_ids.cpu(),
@@ -176,30 +183,57 @@ def itm_objective(
             generator=generator,
             hardness=hardness,
         )
-    rows = torch.arange(count)
+    start = ranks.rank() * count  # place of this process's rows among all
+    rows = torch.arange(start, start + count)
+    hard_text, hard_image = hard_text[rows], hard_image[rows]
     keep_text, keep_image = hard_text >= 0, hard_image >= 0
-    image_rows = torch.cat([rows, rows[keep_text], hard_image[keep_image]])
+    image_rows = torch.cat(
+        [
+            rows,
+            rows[keep_text],
+            hard_image[keep_image],
+            torch.tensor([start + row for row, _ in further], dtype=torch.long),
+        ]
+    )
     text_rows = torch.cat([rows, hard_text[keep_text], rows[keep_image]])
-    texts = [captions[row] for row in text_rows.tolist()] + [text for _, text in further]
-    image_rows = torch.cat([image_rows, torch.tensor([row for row, _ in further], dtype=torch.long)])
-    labels = torch.zeros(len(texts), dtype=torch.long)
+    negatives = [everyone[row] for row in text_rows[count:].tolist()]
+    pairs = [*captions, *negatives, *(text for _, text in further)]
+    labels = torch.zeros(len(pairs), dtype=torch.long)
     labels[:count] = 1
-    ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
+    ids, mask = tokenize(tokenizer, pairs, max_tokens, first_token="enc")
     ids, mask, image_rows = ids.to(device), mask.to(device), image_rows.to(device)
-    text_embeds = embedded.texts[text_rows.to(device)]
+    text_embeds = texts[text_rows.to(device)]
     if further:
         first, first_mask = tokenize(
             tokenizer, [text for _, text in further], max_tokens, first_token="cls"
         )
         text_embeds = torch.cat([text_embeds, model.embed_text(first.to(device), first_mask.to(device))])
-    itc_sim = (embedded.images[image_rows] * text_embeds).sum(-1)
-    logits = model.itm_logits(ids, mask, cross, image_index=image_rows, itc_sim=itc_sim)
+    itc_sim = (images[image_rows] * text_embeds).sum(-1)
+    image_index = image_rows
+    if ranks.world_size() > 1:
+        # hard images of other processes: their keys and values are computed from their tokens
+        # (the tokens travel, with their gradient), and stand behind those of this process's images
+        tokens = losses.gather_with_gradient(adapted)
+        far = model.cross_keys_values(tokens[hard_image[keep_image].to(device)], "encoder")
+        cross = [
+            (torch.cat([key, far_key]), torch.cat([value, far_value]))
+            for (key, value), (far_key, far_value) in zip(cross, far, strict=True)
+        ]
+        image_index = image_rows - start
+        begin = count + int(keep_text.sum())
+        hard = slice(begin, begin + int(keep_image.sum()))
+        image_index[hard] = torch.arange(count, count + hard.stop - hard.start, device=device)
+    logits = model.itm_logits(ids, mask, cross, image_index=image_index, itc_sim=itc_sim)
     weights = None
+    counted = torch.tensor(float(len(pairs)), device=device)
     if weight is not None:
-        weights = torch.ones(len(texts), device=device)
+        weights = torch.ones(len(pairs), device=device)
         weights[:count] = weight
+        counted = weights.sum()
     labels = labels.to(device)
-    loss = losses.itm_loss(logits, labels, weights)
+    loss = losses.itm_loss(
+        logits, labels, weights, denominator=losses.mean_across_ranks(counted)
+    )
     return loss, (logits.detach().argmax(1) == labels).float().mean()
 
 
@@ -214,6 +248,7 @@ def lm_objective(
     label_smoothing: float,
     vocabulary: Tensor | None,
     weight: Tensor | None = None,
+    whole: list[str] | None = None,
 ) -> Tensor:
     """LM: cross-entropy of each token of the text given the image and the tokens before.
 
@@ -227,6 +262,8 @@ def lm_objective(
         label_smoothing: of the cross-entropy.
         vocabulary: sorted token ids `[V]` that the head predicts; None for all.
         weight: `[B]`, how much each text counts.
+        whole: texts of the whole batch, when these are a slice of it: the mean is then taken over
+            its tokens, so that the slices together give its loss. Not with `weight`.
 
     Returns:
         The loss.
@@ -244,7 +281,14 @@ def lm_objective(
         known = labels != losses.IGNORED
         labels = torch.where(known, torch.searchsorted(vocabulary, labels.clamp(min=0)), labels)
     logits = model.lm_logits(ids, None, cross, vocab_ids=vocabulary)
-    return losses.lm_loss(logits, labels, label_smoothing, weight)
+    tokens = losses.lm_token_count(labels, weight)
+    if whole is not None:
+        together = [f"{prompt} {caption}".strip() for caption in whole]
+        lengths = tokenize(tokenizer, together, max_tokens, first_token="dec")[1].sum(1)
+        tokens = (lengths - prompt_length).clamp(min=0).sum().to(device) * (len(captions) / len(whole))
+    return losses.lm_loss(
+        logits, labels, label_smoothing, weight, denominator=losses.mean_across_ranks(tokens)
+    )
 
 
 def vocabulary_in_use(tokenizer: PreTrainedTokenizerBase, captions: list[str], prompt: str) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from capfilt.config import Optim
-from capfilt.models.med import MED
+from capfilt.errors import ConfigError
+from capfilt.models.med import MED, TextLayer
 
 NEW_PARTS = ("adapter.", "cross_attention", "lm_head", "itm_head", "vision_proj", "text_proj")
 """Parts that no BERT, ViT or EfficientNet checkpoint fills."""
@@ -15,8 +16,36 @@ SIMILARITY_PARTS = ("itm_sim_scale", "itm_sim_bias")
 SIMILARITY_LR_FACTOR = 50.0
 
 
+def freeze_layers(model: MED, count: int) -> None:
+    """Keeps the first text layers and the word embeddings as they are.
+
+    Frozen are the self-attention and the feed-forward part of the layers, in the encoder and the
+    decoder: what a language model's weights fill. Cross-attention, which they don't fill, goes on
+    learning.
+
+    Args:
+        model: the MED.
+        count: layers; 0 freezes nothing.
+
+    Raises:
+        ConfigError: there are not so many layers.
+    """
+    if count > model.config.text_depth:
+        raise ConfigError(
+            f"freeze_layers: {count} is more than the text towers' {model.config.text_depth} layers"
+        )
+    if count == 0:
+        return
+    for tower in (model.encoder, model.decoder):
+        tower.embeddings.word.requires_grad_(False)
+        for layer in tower.layers[:count]:
+            assert isinstance(layer, TextLayer)
+            layer.self_attention.requires_grad_(False)
+            layer.feed_forward.requires_grad_(False)
+
+
 def build_optimizer(model: MED, config: Optim) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; parts without pretrained weights have their own rate."""
+    """AdamW, weight decay on matrices only. Parts without weights have their own rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -37,7 +66,9 @@ def build_optimizer(model: MED, config: Optim) -> torch.optim.AdamW:
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: Optim, step: int, steps: int) -> float:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: Optim, step: int, steps: int
+) -> float:
     """Linear warm-up, then a cosine from the peak to `min_lr`. Returns the factor of the peak."""
     if step < config.warmup_steps:
         factor = (step + 1) / config.warmup_steps

@@ -11,9 +11,10 @@ from capfilt.config import Config, Pretrain
 from capfilt.models import folder as model_folder
 from capfilt.models.med import MED
 from capfilt.shards import RunDir
-from capfilt.training import objectives
+from capfilt.training import objectives, ranks
 from capfilt.training.data import Batch, Stream, take_inventory
 from capfilt.training.loop import Progress, train
+from capfilt.training.warmup import warm_up_heads
 
 
 def pretrain(
@@ -41,7 +42,8 @@ def pretrain(
     inventory = take_inventory(run, ("web", "human"))
     model = model_folder.fresh_model(config.model, settings.freeze_image).to(device)
     tokenizer = model_folder.preset_tokenizer(config.model)
-    stream = Stream(
+    make_stream = partial(
+        Stream,
         run,
         inventory,
         model.config,
@@ -51,6 +53,20 @@ def pretrain(
     )
     vocabulary = objectives.vocabulary_in_use(tokenizer, inventory.all_captions(), config.captioner.prompt)
     per_epoch = max(1, len(inventory) // settings.batch_size)
+    steps = max(1, round(settings.epochs * per_epoch))
+    weights: dict[str, float] = {}
+    if settings.head_warmup is not None:
+        weights = warm_up_heads(
+            model,
+            tokenizer,
+            make_stream(train=False),
+            settings.head_warmup,
+            max_tokens=settings.max_tokens,
+            seed=config.seed,
+            device=device,
+            folder=folder,
+            progress=lambda done, total: progress(done, total, {}) if progress else None,
+        )
     contrast = objectives.Contrast(
         model, settings.itc, device, round(settings.itc.alpha_warmup_epochs * per_epoch)
     )
@@ -60,13 +76,15 @@ def pretrain(
         tokenizer=tokenizer,
         contrast=contrast,
         vocabulary=vocabulary.to(device),
+        weights=weights,
         settings=settings,
+        first_itm_step=round(settings.itm_start * steps),
         easy_steps=round(settings.itm.easy_epochs * per_epoch),
         device=device,
     )
     result = train(
         model,
-        stream,
+        make_stream(),
         loss_of,
         settings,
         folder=folder,
@@ -76,7 +94,8 @@ def pretrain(
         others=contrast.state(),
         progress=progress,
     )
-    model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
+    if ranks.is_first():
+        model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
     return {**result, "pictures": len(inventory), "left_out": dict(inventory.skipped)}
 
 
@@ -89,32 +108,45 @@ def pretrain_losses(
     tokenizer: Any,
     contrast: objectives.Contrast,
     vocabulary: Tensor,
+    weights: dict[str, float],
     settings: Pretrain,
+    first_itm_step: int,
     easy_steps: int,
     device: str,
 ) -> dict[str, Tensor]:
-    """ITC + ITM + LM of one batch; one pass of the image, four of the text."""
+    """ITC + ITM + LM of one batch; one pass of the image, five of the text."""
+    weight = None
+    if weights:
+        weight = torch.tensor([weights.get(key, 1.0) for key in batch.keys], device=device)
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
-    features, cells = objectives.drop_cells(features, settings.image_dropout, generator)
+    features = objectives.augment_features(features, settings.image_dropout, generator)
     ids, mask = objectives.tokenize(tokenizer, batch.captions, settings.max_tokens, first_token="cls")
     ids, mask = ids.to(device), mask.to(device)
     embedded = objectives.Embedded(model.embed_image(features), model.embed_text(ids, mask))
-    itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step)
-    adapted = model.adapt(features, cells)
+    itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step, weight)
+    adapted = model.adapt(features, embedded.images)
     cross = model.cross_keys_values(adapted, "encoder")
-    itm, right = objectives.itm_objective(
-        model,
-        tokenizer,
-        batch.captions,
-        embedded,
-        cross,
-        image_ids,
-        hardness=min(1.0, step / easy_steps) if easy_steps else 1.0,
-        max_tokens=settings.max_tokens,
-        generator=generator,
-        further=[],
-    )
+    found = {"itc": itc}
+    loss = itc
+    if step >= first_itm_step:
+        since = step - first_itm_step
+        itm, found["itm_accuracy"] = objectives.itm_objective(
+            model,
+            tokenizer,
+            batch.captions,
+            embedded,
+            adapted,
+            cross,
+            image_ids,
+            hardness=min(1.0, since / easy_steps) if easy_steps else 1.0,
+            max_tokens=settings.max_tokens,
+            generator=generator,
+            further=[],
+            weight=weight,
+        )
+        found["itm"] = itm
+        loss = loss + settings.itm_weight * itm
     if model.config.sharing in ("none", "all_but_cross_attention"):
         cross = model.cross_keys_values(adapted, "decoder")
     lm = objectives.lm_objective(
@@ -126,6 +158,7 @@ def pretrain_losses(
         max_tokens=settings.max_tokens,
         label_smoothing=settings.label_smoothing,
         vocabulary=vocabulary,
+        weight=weight,
+        whole=batch.whole if weight is None else None,
     )
-    loss = itc + settings.itm_weight * itm + settings.lm_weight * lm
-    return {"loss": loss, "itc": itc, "itm": itm, "lm": lm, "itm_accuracy": right}
+    return {"loss": loss + settings.lm_weight * lm, "lm": lm, **found}

@@ -1,0 +1,213 @@
+"""A cheap start of ITC: the two projection heads on frozen towers, before anything else is trained.
+
+The pooled output of both towers is worked out once; a step is then two small MLPs and takes
+milliseconds. It happens twice: on the human pairs alone, which tells how much each web pair deserves
+to be believed, and on all pairs weighted by that. Not in the paper, which had 14 million pairs and
+needed no head start.
+
+Dimensions: N pictures, M distinct texts, B batch, E ITC embedding.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capfilt.config import HeadWarmup
+from capfilt.models import losses
+from capfilt.models.med import MED
+from capfilt.models.tokens import tokenize
+from capfilt.training.data import Stream
+
+TEXTS_AT_A_TIME = 128
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """All pairs, as the heads see them.
+
+    Attributes:
+        keys: of the pictures, N.
+        human: bool `[N]`.
+        images: `[N, Dv]`, pooled tower output.
+        texts: `[M, D]`, pooled encoder output of each distinct text.
+        owned: for each picture the rows of `texts` that are its own.
+    """
+
+    keys: list[str]
+    human: np.ndarray
+    images: Tensor
+    texts: Tensor
+    owned: list[list[int]]
+
+
+@torch.inference_mode()
+def pool_pairs(
+    model: MED, tokenizer: Any, stream: Stream, max_tokens: int, device: str
+) -> Pooled:
+    """Runs both towers once over everything.
+
+    Args:
+        model: the MED.
+        tokenizer: of its text tower.
+        stream: all pairs, not augmented.
+        max_tokens: longest text.
+        device: where the model runs.
+    """
+    model.eval()
+    keys: list[str] = []
+    human: list[bool] = []
+    images = []
+    for batch in stream.in_order():
+        keys += batch.keys
+        human += batch.human.tolist()
+        features = batch.features
+        if features is None:
+            assert batch.pixels is not None
+            features = model.encode_image(batch.pixels.to(device))
+        images.append(model.pool_image(features.to(device)))
+    captions = [texts for shard in stream.inventory.captions.values() for texts in shard]
+    distinct = {text: row for row, text in enumerate(sorted({t for own in captions for t in own}, key=len))}
+    texts = []
+    listed = list(distinct)
+    for start in range(0, len(listed), TEXTS_AT_A_TIME):
+        part = listed[start : start + TEXTS_AT_A_TIME]
+        ids, mask = (x.to(device) for x in tokenize(tokenizer, part, max_tokens))
+        texts.append(model.pool_text(model.text_hidden(ids, mask), mask))
+    return Pooled(
+        keys,
+        np.array(human),
+        torch.cat(images).clone(),
+        torch.cat(texts).clone(),
+        [[distinct[text] for text in own] for own in captions],
+    )
+
+
+def warm_up_heads(
+    model: MED,
+    tokenizer: Any,
+    stream: Stream,
+    config: HeadWarmup,
+    *,
+    max_tokens: int,
+    seed: int,
+    device: str,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> dict[str, float]:
+    """Trains the ITC heads in place and weighs the web pairs.
+
+    Args:
+        model: the MED.
+        tokenizer: of its text tower.
+        stream: all pairs, not augmented.
+        config: how long and how fast.
+        max_tokens: longest text.
+        seed: of the draws.
+        device: where the model runs.
+        folder: `web_weights.json` goes there.
+        progress: told after each step.
+
+    Returns:
+        Key to weight (0..1) of the web pictures: the share of web pairs that the human-trained heads
+        find less similar. A human pair weighs 1 and isn't listed.
+    """
+    pooled = pool_pairs(model, tokenizer, stream, max_tokens, device)
+    web = np.flatnonzero(~pooled.human)
+    everything = np.arange(len(pooled.keys))
+    fresh = [p.detach().clone() for p in _head_parameters(model)]
+    weights: dict[str, float] = {}
+    if len(web):
+        total = config.steps + config.weighted_steps
+        fit = _Fit(model, pooled, config, seed)
+        fit.run(np.flatnonzero(pooled.human), None, config.steps, lambda n: progress(n, total))
+        weights = weigh(model, pooled, web)
+        # a new start: what the first round learned about human pictures alone is in the weights
+        with torch.no_grad():
+            for parameter, value in zip(_head_parameters(model), fresh, strict=True):
+                parameter.copy_(value)
+        given = np.array([weights.get(key, 1.0) for key in pooled.keys], np.float32)
+        fit = _Fit(model, pooled, config, seed + 1)
+        fit.run(everything, given, config.weighted_steps, lambda n: progress(config.steps + n, total))
+    else:
+        _Fit(model, pooled, config, seed).run(
+            everything, None, config.steps, lambda n: progress(n, config.steps)
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "web_weights.json.tmp"
+    temporary.write_text(json.dumps(weights), encoding="utf-8")
+    os.replace(temporary, folder / "web_weights.json")
+    return weights
+
+
+@torch.inference_mode()
+def weigh(model: MED, pooled: Pooled, web: np.ndarray) -> dict[str, float]:
+    """Ranks web pictures by the similarity of their best text; the least similar weighs 0."""
+    model.eval()
+    images = model.project_image(pooled.images[torch.from_numpy(web)])
+    texts = model.project_text(pooled.texts)
+    sims = np.array(
+        [float((texts[pooled.owned[row]] @ image).max()) for row, image in zip(web, images, strict=True)]
+    )
+    ranks = np.argsort(np.argsort(sims, kind="stable"), kind="stable")
+    return {
+        pooled.keys[row]: round(float(rank) / max(1, len(web) - 1), 4)
+        for row, rank in zip(web, ranks, strict=True)
+    }
+
+
+def _head_parameters(model: MED) -> list[torch.nn.Parameter]:
+    return [*model.vision_proj.parameters(), *model.text_proj.parameters(), model.temp]
+
+
+class _Fit:
+    """ITC on pooled features: AdamW on the heads, cosine to 0."""
+
+    def __init__(self, model: MED, pooled: Pooled, config: HeadWarmup, seed: int) -> None:
+        self.model, self.pooled, self.config = model, pooled, config
+        self.rng = np.random.default_rng([seed, 7])
+        torch.manual_seed(seed)
+
+    def run(
+        self,
+        rows: np.ndarray,
+        weights: np.ndarray | None,
+        steps: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Trains on some of the pictures."""
+        model, pooled, config = self.model, self.pooled, self.config
+        model.train()
+        parameters = _head_parameters(model)
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        size = min(config.batch_size, len(rows))
+        order: list[int] = []
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            if len(order) < size:
+                order = self.rng.permutation(rows).tolist()
+            batch, order = order[:size], order[size:]
+            own = [pooled.owned[row] for row in batch]
+            texts = [texts[int(self.rng.integers(len(texts)))] for texts in own]
+            loss = losses.itc_loss(
+                model.project_image(pooled.images[batch]),
+                model.project_text(pooled.texts[texts]),
+                model.temp,
+                image_ids=torch.tensor(batch, device=pooled.images.device),
+                sample_weight=None
+                if weights is None
+                else torch.from_numpy(weights[batch]).to(pooled.images.device),
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.clamp_temp(model.temp, 0.01)
+            progress(step + 1)

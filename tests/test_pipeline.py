@@ -1,0 +1,205 @@
+from pathlib import Path
+
+import pytest
+from conftest import COLOURS, Tiny, picture
+
+from capfilt import manifest, pipeline
+from capfilt.config import Config, load
+from capfilt.engine.local import StageResult
+from capfilt.errors import InputError, MismatchError, PartialError, UsageError
+from capfilt.manifest import Identity
+from capfilt.pipeline import Update
+from capfilt.schema import REASONS
+from capfilt.shards import RunDir, Shard
+
+
+def do(tiny: Tiny, *steps: str, redo: str | None = None) -> list[StageResult]:
+    return pipeline.run(load(tiny.config), steps=steps, redo=redo)
+
+
+def test_steps_run_in_order_and_report(tiny: Tiny) -> None:
+    seen: list[Update] = []
+    (ingest,) = pipeline.run(load(tiny.config), steps=("ingest",), report=seen.append)
+    assert (ingest.done, ingest.rows, ingest.failed) == (5, 12, {})
+    assert seen[-1].result is ingest and all(update.step == "ingest" for update in seen)
+    assert max(update.done for update in seen[:-1]) == 3
+    tiny.score()
+    # the order is the pipeline's, whatever the order of the names
+    results = do(tiny, "report", "export", "filter")
+    assert [result.stage for result in results] == ["filter", "export", "report"]
+    assert [result.done for result in do(tiny, "filter", "export", "report")] == [0, 0, 0]
+
+
+def test_every_pair_has_one_reason(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter")
+    decided = [
+        row
+        for name in tiny.run.shards("decisions")
+        for row in Shard(tiny.run, name).read("decisions").to_pylist()
+    ]
+    assert len(decided) == 12 and {row["reason"] for row in decided} <= set(REASONS)
+    reasons = {row["pair_id"]: row["reason"] for row in decided}
+    assert reasons["web-00000-00001/text0"] == "image_unreadable"
+    assert reasons["web-00000-00002/text0"] == "download_failed"
+    assert reasons["web-00001-00001/text0"] == "empty_caption"
+    assert all(row["keep"] for row in decided if row["source"] == "human")
+
+
+def test_another_threshold_needs_no_redo(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter", "export", "report")
+    tiny.values["filter"] = {"itm_threshold": 0.9}
+    results = do(tiny, "ingest", "filter", "export", "report")
+    assert [result.done for result in results] == [0, 5, 5, 1]
+
+
+def test_changed_content_makes_later_work_stale(tiny: Tiny) -> None:
+    """The fingerprint of the pictures stays; what is fetched again may be other bytes."""
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter", "export")
+    shard = "web-00001"
+    tiny.run.remove(tiny.run.manifest("images", shard))
+    assert do(tiny, "ingest")[0].done == 1
+    assert do(tiny, "export")[0].done == 0, "the same pictures again"
+    before = manifest.read(tiny.run, tiny.run.manifest("images", shard))
+    (tiny.folder / "web" / "3.png").write_bytes(picture("white"))
+    tiny.run.remove(tiny.run.manifest("images", shard))
+    do(tiny, "ingest")
+    after = manifest.read(tiny.run, tiny.run.manifest("images", shard))
+    assert before is not None and after is not None
+    assert before["fingerprint"] == after["fingerprint"]
+    assert manifest.signature(before) != manifest.signature(after)
+    assert do(tiny, "export")[0].done == 1
+
+
+def test_a_shorter_list_is_an_error_or_cleared(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter", "export")
+    listed = tiny.folder / "web.jsonl"
+    listed.write_text("".join(listed.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(MismatchError, match=r"images holds web-00001, web-00002 of an older run"):
+        do(tiny, "ingest")
+    assert len(tiny.run.shards("images", ("web",))) == 3, "nothing is deleted without being asked"
+    do(tiny, "ingest", redo="ingest")
+    assert tiny.run.shards("images", ("web",)) == ["web-00000"]
+    tiny.score()
+    do(tiny, "filter", "export")
+    for table in ("decisions", "export"):
+        assert tiny.run.shards(table, ("web",)) == ["web-00000"], table
+
+
+def test_a_shard_that_fails_stops_after_its_step(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter")
+    path = Path(tiny.run.table("images", "web-00000"))
+    good = path.read_bytes()
+    path.write_bytes(b"torn")
+    with pytest.raises(PartialError, match=r"1 of 5 shards failed in export(.|\n)*web-00000"):
+        do(tiny, "export", "report")
+    assert not tiny.run.exists(tiny.run.at("report.html"))
+    path.write_bytes(good)
+    assert do(tiny, "export")[0].done == 1
+
+
+def downloading(tiny: Tiny) -> Config:
+    listed = "".join(f"http://127.0.0.1:9/{n}.png,{colour}\n" for n, colour in enumerate(COLOURS))
+    (tiny.folder / "urls.csv").write_text("url,caption\n" + listed)
+    tiny.values["web"] = {"urls": str(tiny.folder / "urls.csv")}
+    return load(tiny.config)
+
+
+def test_retry_forgets_only_shards_with_failures(tiny: Tiny) -> None:
+    from capfilt.stage import identify, identify_shared
+    from capfilt.stages.download import DownloadStage
+
+    config = downloading(tiny)
+    stage = DownloadStage(tiny.run, config)
+    counts = {"web-00000": {"ok": 3}, "web-00001": {"ok": 2, "download_failed": 1}}
+    shared = identify_shared(stage, tiny.run)
+    for name, counted in counts.items():
+        identity = identify(stage, tiny.run, name, shared)
+        path = tiny.run.manifest("images", name)
+        manifest.sign(tiny.run, path, identity, rows=3, counts=counted, seconds=1)
+    assert pipeline.forget_failed(config) == ["web-00001"]
+    assert tiny.run.shards("images") == ["web-00000"]
+    assert stage.pending() == ["web-00001", "web-00002"]
+    tiny.values["download"]["timeout_s"] = 3
+    with pytest.raises(MismatchError, match=r"timeout_s"):
+        pipeline.forget_failed(load(tiny.config))
+
+
+def test_nothing_to_retry_where_nothing_is_downloaded(tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match=r"web\.urls is not set"):
+        pipeline.forget_failed(load(tiny.config))
+
+
+def test_the_demo_serves_only_when_something_is_pending(tiny: Tiny) -> None:
+    config = downloading(tiny).model_copy(update={"demo": None})
+    with pipeline._demo_server(config, needed=True):
+        pass
+    values = {**tiny.values, "demo": {"serve": str(tiny.folder / "nothing"), "port": 1}}
+    broken = Config.model_validate(values)
+    with pipeline._demo_server(broken, needed=False):
+        pass
+    with pytest.raises(InputError, match=r"demo\.serve"), pipeline._demo_server(broken, True):
+        pass
+
+
+def test_check_finds_work_of_another_config(tiny: Tiny) -> None:
+    lines = pipeline.check(load(tiny.config))
+    assert any(line.endswith("0 of 5 shards of pictures are there") for line in lines)
+    do(tiny, "ingest")
+    lines = pipeline.check(load(tiny.config))
+    assert any(line.endswith("5 of 5 shards of pictures are there") for line in lines)
+    tiny.values["download"]["max_side_px"] = 64
+    with pytest.raises(MismatchError, match=r"max_side_px: None there, 64 now"):
+        pipeline.check(load(tiny.config))
+
+
+def test_models_wait_for_what_they_read(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=r"holds no finished shards of human pairs"):
+        do(tiny, "matcher")
+    do(tiny, "ingest")
+    with pytest.raises(InputError, match=r"capfilt features CONFIG"):
+        do(tiny, "matcher")
+    tiny.values["pretrain"] = {}
+    with pytest.raises(InputError, match=r"capfilt pretrain CONFIG"):
+        do(tiny, "matcher")
+
+
+def test_status_reads_manifests_only(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    path = tiny.run.at("models", "matcher", "manifest.json")
+    manifest.sign(
+        tiny.run,
+        path,
+        Identity("matcher", 1, {}),
+        rows=1,
+        counts={},
+        seconds=2.0,
+        extra={"training": {"steps": 5}},
+    )
+    for name in tiny.run.shards("images"):
+        Path(tiny.run.table("images", name)).unlink()
+    found = pipeline.status(load(tiny.config))
+    assert found["tables"]["images"]["shards"] == 5 and found["tables"]["images"]["rows"] == 12
+    assert found["models"]["matcher"] == {"seconds": 2.0, "steps": 5}
+    assert found["report"] is None
+
+
+def test_note_of() -> None:
+    result = StageResult("filter", rows=2000, seconds=4.0, counts={"kept": 3, "duplicate": 1})
+    assert pipeline.note_of(result) == "2,000 rows, 500/s, 75% kept"
+
+
+def test_an_empty_run_folder_has_a_status(tmp_path: Path) -> None:
+    values = {"run_dir": str(tmp_path / "no"), "human": {"pairs": "a"}, "web": {"pairs": "b"}}
+    found = pipeline.status(Config.model_validate(values))
+    assert all(table["shards"] == 0 for table in found["tables"].values())
+    assert not RunDir(str(tmp_path / "no")).exists(str(tmp_path / "no"))
