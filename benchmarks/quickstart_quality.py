@@ -63,7 +63,8 @@ def main() -> None:
         print(f"  against {kind:<22} {auc:.3f}")
     print(f"right among what it keeps        {right / max(1, sum(kept)):.3f}  (goal 0.85)")
     print(f"kept of the right                {right / max(1, sum(labels)):.3f}  (goal 0.80)")
-    print(f"captions that name the concept   {named / max(1, nameable):.3f}  (goal 0.40, of {nameable})")
+    share = named / max(1, nameable)
+    print(f"captions that name the concept   {share:.3f}  (goal 0.40, of {nameable})")
     print(f"books close                      {closed}  ({len(web)} of {len(truth)} rows)")
 
 

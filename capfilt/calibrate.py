@@ -1,4 +1,4 @@
-"""`capfilt calibrate`: from a run's labels, or from pairs made up for the purpose, to a calibration.
+"""`capfilt calibrate`: from a run's labels, or from pairs made up for it, to a calibration.
 
 Without review labels it takes human pairs that the matcher was not trained on as matches, and makes
 mismatches of three kinds: a web picture with the text of another one at random; with the text that
@@ -6,7 +6,7 @@ ITC finds nearest to its own among a sample; and a human pair with one word of i
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from capfilt.evaluation.calibration import (
     write_calibration,
 )
 from capfilt.inspect.calibration_page import calibration_page
-from capfilt.inspect.labels import Label, read_labels
+from capfilt.inspect.labels import Label, read_labels, verdicts_of
 from capfilt.shards import RunDir, Shard
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def run_calibration(
     pairs: Path | None = None,
     out: Path | None = None,
     score: str = "auto",
-    device: str = "cpu",
+    device: Callable[[], str] = lambda: "cpu",
     use_features: bool = False,
 ) -> tuple[Calibration, Path]:
     """Calibrates a run and writes the file that `filter.calibration` takes, and a page beside it.
@@ -61,14 +61,14 @@ def run_calibration(
             labels.
         out: the file; `<run_dir>/calibration.json` by default.
         score: `itm`, `itc`, `fused` or `auto`.
-        device: where the matcher runs, when pairs are made up.
+        device: says where the matcher runs; asked when pairs are made up only, as it needs torch.
         use_features: whether pictures come from `features/`.
 
     Returns:
         The calibration and where it was written.
 
     Raises:
-        UsageError: too few labels, of one class, or of another matcher; or nothing reaches `target`.
+        UsageError: too few labels, of one class, or of another matcher; or `target` is too high.
         InputError: the run is not scored.
     """
     run = RunDir(config.run_dir)
@@ -79,7 +79,7 @@ def run_calibration(
     if pairs is None and (labels is not None or read_labels(folder)):
         examples = from_labels(run, read_labels(folder), folder, matcher, tuple(pools))
     else:
-        made = _MadeUp(run, config, device, use_features, random)
+        made = _MadeUp(run, config, device(), use_features, random)
         examples = made.examples(pairs, texts)
     calibration = calibrate(
         examples, pools, target=target, matcher=matcher, score=score, seed=config.seed
@@ -102,12 +102,13 @@ def matcher_of(run: RunDir) -> str:
         found[str((record or {}).get("weights", {}).get("matcher"))] = name
     if not found:
         raise InputError(
-            f"{run.at('scores')} holds no finished shards of web pairs: run `capfilt score CONFIG` first"
+            f"{run.at('scores')} holds no finished shards of web pairs: run `capfilt score CONFIG` "
+            "first"
         )
     if len(found) > 1:
         raise InputError(
-            f"the shards {', '.join(found.values())} of {run.at('scores')} are of different matchers; "
-            "run `capfilt score CONFIG --redo`"
+            f"the shards {', '.join(found.values())} of {run.at('scores')} are of different "
+            "matchers; run `capfilt score CONFIG --redo`"
         )
     return next(iter(found))
 
@@ -125,7 +126,9 @@ def _read_pools(
         columns = ["key", "source", "caption", "itm_prob", "itc_sim"]
         table = Shard(run, names[position]).read("scores", columns)
         scored = table.filter(
-            pa.compute.and_(pa.compute.is_valid(table["itm_prob"]), pa.compute.is_valid(table["itc_sim"]))
+            pa.compute.and_(
+                pa.compute.is_valid(table["itm_prob"]), pa.compute.is_valid(table["itc_sim"])
+            )
         )
         for source in parts:
             chosen = scored.filter(pa.compute.equal(scored["source"], source))
@@ -134,7 +137,9 @@ def _read_pools(
                 continue
             held[source] += chosen.num_rows
             parts[source].append(
-                tuple(chosen[name].to_numpy().astype(np.float64) for name in ("itm_prob", "itc_sim"))
+                tuple(
+                    chosen[name].to_numpy().astype(np.float64) for name in ("itm_prob", "itc_sim")
+                )
             )
             if len(texts[source]) < 2 * PICTURES:
                 for key, text in zip(
@@ -148,7 +153,8 @@ def _read_pools(
             pools[source] = Pool(itm, itc, total[source])
     if not pools:
         raise InputError(
-            f"{run.at('scores')} holds no scored web or synthetic text; see `capfilt inspect RUN --text`"
+            f"{run.at('scores')} holds no scored web or synthetic text; see "
+            "`capfilt inspect RUN --text`"
         )
     return pools, {source: list(texts[source].items()) for source in pools}
 
@@ -173,30 +179,27 @@ def from_labels(
     if strange and not usable:
         raise UsageError(
             f"all {strange} labels in {folder} were given with another matcher than the run's "
-            f"({matcher[:12]}…), which may have learnt from them since; review pairs of this run anew "
-            "with `capfilt inspect RUN`"
+            f"({matcher[:12]}…), which may have learnt from them since; review pairs of this run "
+            "anew with `capfilt inspect RUN`"
         )
     if strange:
         log.warning("%d labels in %s are of another matcher and are left out", strange, folder)
-    votes: dict[str, int] = {}
-    for label in usable:
-        votes[label.pair] = votes.get(label.pair, 0) + (1 if label.verdict == "right" else -1)
-    votes = {pair: vote for pair, vote in votes.items() if vote}
+    verdicts = verdicts_of(usable)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     for name in run.shards("scores", ("web",)):
         table = Shard(run, name).read("scores")
-        wanted = pa.array(sorted(votes), pa.string())
+        wanted = pa.array(sorted(verdicts), pa.string())
         here = pa.compute.or_(
             pa.compute.is_in(table["uid"], value_set=wanted),
             pa.compute.is_in(table["pair_id"], value_set=wanted),
         )
         for row in table.filter(here).to_pylist():
-            pair = row["uid"] if row["uid"] in votes else row["pair_id"]
+            pair = row["uid"] if row["uid"] in verdicts else row["pair_id"]
             if pair not in seen and row["itm_prob"] is not None:
                 seen.add(pair)
-                rows.append({**row, "match": votes[pair] > 0})
-    lost = len(votes) - len(seen)
+                rows.append({**row, "match": verdicts[pair]})
+    lost = len(verdicts) - len(seen)
     if lost:
         log.warning("%d labelled pairs are not among the run's scored web pairs", lost)
     everything = _examples(rows)
@@ -209,7 +212,9 @@ def from_labels(
         enough = min(right, len(own) - right) >= FEWEST
         found[source] = own if enough else everything
         if not enough:
-            log.warning("few labels of %s texts (%d): those of all sources are used", source, len(own))
+            log.warning(
+                "few labels of %s texts (%d): those of all sources are used", source, len(own)
+            )
     return found
 
 
@@ -268,8 +273,8 @@ class _MadeUp:
             fraction = self.config.matcher.val_fraction
             if not fraction:
                 raise UsageError(
-                    "there are no review labels, and no human pairs that the matcher was not trained "
-                    "on (those it was trained on score far better than new ones): review pairs with "
+                    "there are no review labels, and no human pairs that the matcher was not "
+                    "trained on (those it was trained on score far better): review pairs with "
                     "`capfilt inspect RUN`, give other human pairs with --pairs FILE, or set "
                     "matcher.val_fraction (0.1, say) and train again"
                 )
@@ -296,9 +301,13 @@ class _MadeUp:
             for pair in right
             if (text := swaps.swap(pair.text, self.random)) is not None
         ]
-        wrong = {source: self._mismatches(listed, model, tokenizer) for source, listed in texts.items()}
+        wrong = {
+            source: self._mismatches(listed, model, tokenizer) for source, listed in texts.items()
+        }
         asked = [*right, *swapped]
-        of_human = self._score(asked, model, tokenizer, images, _shards_of(asked) if images is None else [])
+        of_human = self._score(
+            asked, model, tokenizer, images, _shards_of(asked) if images is None else []
+        )
         if len({row["key"] for row in of_human if row["match"]}) < FEWEST:
             raise UsageError(
                 f"{len({row['key'] for row in of_human})} held-out human pictures are too few: at "
@@ -314,7 +323,9 @@ class _MadeUp:
         """The pictures and texts of a list, as `ingest` reads `human.pairs`."""
         from capfilt.stages.ingest import IngestStage, list_shards
 
-        section = self.config.human.model_copy(update={"pairs": str(pairs), "images": None, "limit": PICTURES})
+        section = self.config.human.model_copy(
+            update={"pairs": str(pairs), "images": None, "limit": PICTURES}
+        )
         config = self.config.model_copy(update={"human": section})
         read = IngestStage(config, "human").open("cpu")
         parts = [read(Shard(self.run, name)) for name in list_shards(config, "human")]
@@ -359,7 +370,12 @@ class _MadeUp:
         return asked
 
     def _score(
-        self, asked: list[_Asked], model: Any, tokenizer: Any, images: pa.Table | None, shards: list[str]
+        self,
+        asked: list[_Asked],
+        model: Any,
+        tokenizer: Any,
+        images: pa.Table | None,
+        shards: list[str],
     ) -> list[dict[str, Any]]:
         """Rows of examples: scores of pairs, read by the shards that hold their pictures."""
         import torch
@@ -373,7 +389,9 @@ class _MadeUp:
         with torch.inference_mode():
             for keys, features in self._features(model, images, shards):
                 here = [row for row, key in enumerate(keys) if key in by_key]
-                wanted = [(place, pair) for place, row in enumerate(here) for pair in by_key[keys[row]]]
+                wanted = [
+                    (place, pair) for place, row in enumerate(here) for pair in by_key[keys[row]]
+                ]
                 if not wanted:
                     continue
                 itm, itc = score_pairs(

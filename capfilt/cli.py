@@ -183,7 +183,20 @@ _STEPS = {
     "caption": "Write synthetic captions for the web pictures.\n\nWrites captions/.",
     "score": "Score every pair with the matcher.\n\nWrites scores/.",
     "filter": "Decide which pairs are kept, from the scores alone.\n\n"
-    "Writes decisions/. Needs no model: try thresholds with --set filter.itm_threshold=0.6",
+    "Writes decisions/. Needs no model. What can be set, each with --set or in the YAML:\n\n\b\n"
+    "  --set filter.itm_threshold=0.6              ITM probability at least 0.6\n"
+    "  --set filter.itc_threshold=0.2              ITC similarity at least 0.2\n"
+    "  --set 'filter.fuse={itm: 0.7, itc: 0.3}' --set filter.fused_threshold=0.4\n"
+    "                                              a weighted mean of both at least 0.4\n"
+    "  --set filter.calibration=calibration.json   what `capfilt calibrate` promised\n"
+    "  --set 'filter.expression=\"width >= 200 and itm_prob > 0.4\"'\n"
+    "                                              a condition over the columns\n"
+    "  --set filter.best_of=1                      the best synthetic text a picture\n"
+    "  --set filter.top_fraction=0.3               the best 30 % of the whole run\n"
+    "  --set filter.rank_by=fused                  what the two rank by: itm, itc, fused,\n"
+    "                                              probability (of the calibration)\n"
+    "  --set filter.synthetic_only_where_web_dropped=true\n"
+    "  --set filter.drop_duplicates=false\n",
     "export": "Write the kept pairs as Parquet.\n\n"
     "Writes export/, which datasets.load_dataset, DuckDB and Polars read as it is.",
 }
@@ -286,6 +299,69 @@ def check(
 
 
 @app.command()
+def calibrate(
+    config: ConfigArg,
+    target: Annotated[
+        str, typer.Option(metavar="precision=P", help="What the kept texts of a source shall hold.")
+    ] = "precision=0.95",
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Folder of review labels; labels/ of the run by default, where it is."),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of labels: human pairs that nothing was trained on (a list as "
+            "human.pairs). Without labels and this, those that matcher.val_fraction held out.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file; calibration.json in the run by default.")
+    ] = None,
+    score: Annotated[
+        str, typer.Option(help="What is calibrated: itm, itc, fused, or auto (the best of them).")
+    ] = "auto",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Find thresholds that keep a promised precision, from labels.
+
+    Writes a file for filter.calibration, and a page with its charts beside it. Needs the run's
+    scores.
+
+    Example: capfilt calibrate pipelines/quickstart.yaml --target precision=0.95
+    """
+    _logging(verbose)
+    from capfilt.errors import UsageError
+
+    name, _, number = target.partition("=")
+    try:
+        wanted = float(number)
+    except ValueError:
+        wanted = -1.0
+    if name.strip() != "precision" or not 0 < wanted < 1:
+        raise UsageError(f"--target {target!r}: expected precision=P with P between 0 and 1")
+    loaded = _load(config, overrides)
+    from capfilt import pipeline
+    from capfilt.inspect.calibration_page import rows_of
+
+    found, path = pipeline.calibrate(
+        loaded, target=wanted, labels=labels, pairs=pairs, out=out, score=score
+    )
+    if as_json:
+        print(json.dumps({"calibration": str(path), **found.report}, indent=1))
+        return
+    for source, numbers in found.report["sources"].items():
+        print(f"{source} texts")
+        for title, value in rows_of(numbers):
+            print(f"  {title:<29} {value}")
+    print(f"charts  {path.with_suffix('.html')}")
+    print(f"use it  capfilt filter {config} --set filter.calibration={path}")
+
+
+@app.command()
 def inspect(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     text: Annotated[
@@ -335,6 +411,8 @@ def inspect(
         raise InputError(f"run folder {str(run_dir)!r} is not there; give the run_dir of a config")
     if not (text or as_json):
         from capfilt.inspect.app import serve
+        from capfilt.inspect.embedder import open_embedder
+        from capfilt.shards import RunDir
 
         with contextlib.suppress(KeyboardInterrupt):
             serve(
@@ -344,6 +422,7 @@ def inspect(
                 token=token,
                 read_only=read_only,
                 reviewer=reviewer,
+                embedder=open_embedder(RunDir(str(run_dir))),
                 open_browser=not no_browser,
                 on_ready=lambda url: print(f"review page of {run_dir}: {url}", flush=True),
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from capfilt.errors import ConfigError
 from capfilt.expression import compile_expression
@@ -149,6 +149,8 @@ class Optim(_Section):
     """Recompute activations in the backward pass, to save memory."""
     freeze_words: bool = False
     """Keep the word embeddings as they are (a fifth of a CPU step; a third of the weights)."""
+    freeze_ffn: bool = False
+    """Keep the text towers' feed-forward layers, which encoder and decoder share, as they are."""
     freeze_image: bool = True
     """Keep the image tower as it is. With the small preset its output is then computed once."""
     image_dropout: Fraction = 0.0
@@ -225,9 +227,10 @@ class Pretrain(Optim):
     """Weight of the LM loss; the paper's is 1."""
     head_warmup: HeadWarmup | None = None
     """A cheap start of ITC and a weight for each web pair; for sets that fit into memory."""
-    itm_start: Fraction = 0.0
-    """Share of the steps, at the start, that leave ITM out: cross-attention must have learned (by
-    LM) to read pictures before hard negatives mean anything."""
+    lm_only_share: Fraction = 0.0
+    """Share of the steps, at the start, that train LM alone: cross-attention must have learned to
+    read pictures before hard negatives mean anything. Goes with `freeze_ffn` and `head_warmup`, so
+    that what ITC knows by then stays as it is."""
 
 
 class Matcher(Optim):
@@ -296,6 +299,9 @@ class Score(_Section):
     """Longest text, in tokens."""
     human: bool = True
     """Score the human pairs too (they are kept whatever their score)."""
+    store_embeddings: bool = _runtime(
+        False, "Store the ITC embeddings too, for search by text or picture in `capfilt inspect`."
+    )
     first_token: Literal["enc", "cls"] = "enc"
     """What ITM's text starts with: `[ENC]` as in training; `cls` as the released scoring code of
     BLIP does, for its public checkpoints."""
@@ -327,8 +333,9 @@ class Filter(_Section):
     """
 
     itm_threshold: Fraction | None = 0.5
-    """Drop a web or synthetic text whose ITM probability is below this; null is off, and the default
-    when `fused_threshold`, `calibration` or `top_fraction` is given. Example: `itm_threshold: 0.6`"""
+    """Drop a web or synthetic text whose ITM probability is below this; null is off, and the
+    default when `fused_threshold`, `calibration` or `top_fraction` is given. Example:
+    `itm_threshold: 0.6`"""
     itc_threshold: float | None = Field(None, ge=-1, le=1)
     """Drop a web or synthetic text whose ITC similarity is below this; null is off. Example:
     `itc_threshold: 0.2`"""
@@ -373,13 +380,20 @@ class Filter(_Section):
     @model_validator(mode="after")
     def _fits(self) -> "Filter":
         if self.rank_by == "probability" and self.calibration is None:
-            raise ValueError("`rank_by: probability` needs `calibration`, a file of `capfilt calibrate`")
-        if self.expression is not None:
+            raise ValueError(
+                "`rank_by: probability` needs `calibration`, a file of `capfilt calibrate`"
+            )
+        return self
+
+    @field_validator("expression")
+    @classmethod
+    def _is_expression(cls, value: str | None) -> str | None:
+        if value is not None:
             try:
-                compile_expression(self.expression)
+                compile_expression(value)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
-        return self
+        return value
 
 
 class Export(_Section):

@@ -5,7 +5,7 @@ Every message says what is wrong, where (file, shard, row, YAML key), the value,
 
 
 class CapfiltError(Exception):
-    """Any error that capfilt explains to its user; the command line prints it without a traceback."""
+    """Any error that capfilt explains to its user; the command line prints no traceback of it."""
 
     exit_code = 1
 

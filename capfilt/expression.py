@@ -186,7 +186,7 @@ class _Compiler:
                 left, right = self.value(node.left), self.value(node.right)
                 return self.pc.divide(left.cast("float64"), right.cast("float64"))
             case ast.BinOp():
-                name = _ARITHMETIC[type(node.op)]  # type: ignore[index]
+                name = _ARITHMETIC[type(node.op)]
                 return getattr(self.pc, name)(self.value(node.left), self.value(node.right))
             case ast.Call(func=ast.Name(id=name)) if name not in _TEXT_FUNCTIONS:
                 inner = self.value(node.args[0])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from capfilt import manifest
 from capfilt.config import Captioner, Config, Matcher
@@ -20,6 +20,9 @@ from capfilt.manifest import Identity
 from capfilt.shards import RunDir
 from capfilt.stage import Stage, identify, identify_shared
 from capfilt.training import ranks
+
+if TYPE_CHECKING:
+    from capfilt.evaluation.calibration import Calibration
 
 ORDER = (
     "download",
@@ -142,7 +145,7 @@ def _run_tables(
 
     def device() -> str:
         # what opens no model must not wait for torch
-        opens_model = stage.table in ("features", "captions", "scores")
+        opens_model = stage.table in ("features", "captions", "scores", "embeddings")
         return device_of(config) if opens_model else "cpu"
 
     _clear_leftovers(stage, run_dir, shards, replace=redo or stage.cheap)
@@ -486,6 +489,7 @@ def _caption(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
 
 
 def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    from capfilt.stages.embed import Embedding, EmbedStage
     from capfilt.stages.score import ScoreStage
 
     folder = Path(run_dir.local("models", "matcher"))
@@ -494,6 +498,14 @@ def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stage
         stage = ScoreStage(config.score, folder, caches_features(config), source)
         shards = _image_shards(run_dir, (source,))
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
+        if config.score.store_embeddings:
+            embedding = Embedding(
+                max_tokens=config.score.max_tokens, batch_size=config.score.batch_size
+            )
+            second = EmbedStage(embedding, folder, caches_features(config), source)
+            found = _run_tables(second, run_dir, shards, config, redo, report)
+            found.rows = 0  # the same pairs again
+            results.append(found)
     return _merged("score", results)
 
 
@@ -509,7 +521,33 @@ def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.stages.export import ExportStage
 
     shards = _image_shards(run_dir, ("human", "web"))
-    return _run_tables(ExportStage(config.export), run_dir, shards, config, redo, report)
+    cited = config.filter.calibration
+    stage = ExportStage(config.export, None if cited is None else Path(cited))
+    return _run_tables(stage, run_dir, shards, config, redo, report)
+
+
+def calibrate(
+    config: Config,
+    *,
+    target: float,
+    labels: Path | None = None,
+    pairs: Path | None = None,
+    out: Path | None = None,
+    score: str = "auto",
+) -> "tuple[Calibration, Path]":
+    """Calibrates a scored run; see `capfilt.calibrate.run_calibration`."""
+    from capfilt.calibrate import run_calibration
+
+    return run_calibration(
+        config,
+        target=target,
+        labels=labels,
+        pairs=pairs,
+        out=out,
+        score=score,
+        device=lambda: device_of(config),
+        use_features=caches_features(config),
+    )
 
 
 def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:

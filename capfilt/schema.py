@@ -131,11 +131,20 @@ EXPORT = pa.schema(
 )
 EXPORT = EXPORT.with_metadata({"huggingface": _datasets_features(EXPORT)})
 
+EMBEDDINGS = pa.schema(
+    [
+        _field("id", pa.string(), "the picture's `key`, or the text's `pair_id`"),
+        _field("kind", pa.string(), "`image` or `text`"),
+        _field("vector", pa.binary(), "the ITC embedding, of unit length: float16 [D]"),
+    ]
+)
+
 TABLES = {
     "images": IMAGES,
     "features": FEATURES,
     "captions": CAPTIONS,
     "scores": SCORES,
+    "embeddings": EMBEDDINGS,
     "decisions": DECISIONS,
     "export": EXPORT,
 }

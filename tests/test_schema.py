@@ -49,7 +49,7 @@ def test_an_empty_table_fits() -> None:
 
 def test_every_table_starts_with_what_it_is_sorted_by() -> None:
     firsts = {name: schema.names[0] for name, schema in TABLES.items()}
-    assert set(firsts.values()) == {"key", "pair_id", "uid"}
+    assert set(firsts.values()) == {"key", "pair_id", "uid", "id"}
     assert DECISIONS.names == ["pair_id", "source", "keep", "reason"]
 
 

@@ -3,12 +3,13 @@
 The precision of what a threshold keeps depends on how many of the web's texts are right to begin
 with. Review labels of the run's own pairs tell that. Human pairs against made-up mismatches don't:
 there the mix is estimated first, from the unlabelled scores themselves, as the shares of matches
-and of each kind of mismatch that together explain them best (EM over known component densities; Titterington,
-Smith and Makov, 1985), and the examples are weighted by it.
+and of each kind of mismatch that together explain them best (EM over known component densities;
+Titterington, Smith and Makov, 1985), and the examples are weighted by it.
 
 Dimensions: N examples, U unlabelled pairs of a source, K kinds of examples, C score cells.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -36,10 +37,10 @@ CELLS = 8
 """Quantile bins of each score, for the estimate of the mix."""
 POOL = 20_000
 """Unlabelled pairs that a resample of the bootstrap looks at."""
-PRIOR = {"match": 0.5, "random": 0.3, "near": 0.15, "swap": 0.05}
-"""What the mix is drawn to, lightly: scores alone hardly tell a text with one wrong word from a
-right one that scores badly."""
-PRIOR_WEIGHT = 0.05
+PRIOR = {"match": 0.5, "random": 0.35, "near": 0.1, "swap": 0.05}
+"""Where the estimate of the mix starts, and what the division of mismatches into kinds is drawn to:
+scores alone hardly tell a text with one wrong word from a right one that scores badly."""
+PRIOR_WEIGHT = 0.1
 """Weight of that, as a share of the unlabelled pairs."""
 
 
@@ -66,7 +67,7 @@ class Calibration:
 
     Attributes:
         matcher: digest of the weights that gave the scores.
-        score: `itm`, `itc`, or `fused` (a weighted sum of ITM's logit and ITC's similarity).
+        score: `itm` (its logit), `itc`, or `fused` (a weighted sum of both).
         weights: of ITM's logit and of ITC, for `fused`.
         target: the precision that was asked for.
         sources: by source.
@@ -107,7 +108,7 @@ class Calibration:
     def _source(self, source: str) -> SourceCalibration:
         if source not in self.sources:
             raise InputError(
-                f"the calibration has nothing on {source} texts (only on {', '.join(self.sources)}); "
+                f"the calibration has nothing on {source} texts ( {', '.join(self.sources)} only); "
                 "redo it with `capfilt calibrate CONFIG`"
             )
         return self.sources[source]
@@ -123,8 +124,8 @@ class Calibration:
         found = (record or {}).get("weights", {}).get("matcher")
         if found != self.matcher:
             raise InputError(
-                f"the calibration is of matcher {self.matcher[:12]}…, and {path} says that the scores "
-                f"are of {str(found)[:12]}…; redo it with `capfilt calibrate CONFIG`"
+                f"the calibration is of matcher {self.matcher[:12]}…, and {path} says that the "
+                f"scores are of {str(found)[:12]}…; redo it with `capfilt calibrate CONFIG`"
             )
 
 
@@ -184,9 +185,9 @@ def write_calibration(path: str | Path, calibration: Calibration) -> None:
 
 
 def combined(score: str, weights: tuple[float, float], itm: Floats, itc: Floats) -> Floats:
-    """The score that is calibrated, [N]."""
+    """The score that is calibrated, [N]: ITM's logit, ITC's cosine, or a weighted sum."""
     if score == "itm":
-        return np.asarray(itm, np.float64)
+        return _logit(itm)
     if score == "itc":
         return np.asarray(itc, np.float64)
     return weights[0] * _logit(itm) + weights[1] * np.asarray(itc, np.float64)
@@ -252,10 +253,10 @@ def check_examples(examples: Examples, what: str) -> None:
         UsageError: too few, or all of one class.
     """
     right, wrong = int(examples.match.sum()), int((~examples.match).sum())
-    if right and not wrong or wrong and not right:
+    if (right and not wrong) or (wrong and not right):
         raise UsageError(
-            f"all {right + wrong} {what} are {'right' if right else 'wrong'}: a calibration needs both; "
-            "review pairs near the threshold or at random with `capfilt inspect RUN`"
+            f"all {right + wrong} {what} are {'right' if right else 'wrong'}: a calibration needs "
+            "both; review pairs near the threshold or at random with `capfilt inspect RUN`"
         )
     if right < FEWEST or wrong < FEWEST:
         raise UsageError(
@@ -294,7 +295,9 @@ def calibrate(
     if not 0 < target < 1:
         raise UsageError(f"target precision {target} is not between 0 and 1; try precision=0.95")
     for source, part in examples.items():
-        check_examples(part, f"labels of {source} texts" if part.reviewed else f"pairs for {source} texts")
+        check_examples(
+            part, f"labels of {source} texts" if part.reviewed else f"pairs for {source} texts"
+        )
     chosen = _choose_score(examples, pools, score, seed)
     weights = (1.0, 1.0)
     if chosen == "fused":
@@ -308,8 +311,8 @@ def calibrate(
     if all(part.threshold is None for part in sources.values()):
         best = {name: round(part["best_precision"], 3) for name, part in reports.items()}
         raise UsageError(
-            f"no threshold reaches precision {target}: the surest scores reach {best}; ask for less, "
-            "or train a better matcher"
+            f"no threshold reaches precision {target}: the surest scores reach {best}; ask for "
+            "less, or train a better matcher"
         )
     kept = sum(part["kept"] for part in reports.values())
     wrong = sum(part["kept"] * part["noise_ratio"] for part in reports.values())
@@ -365,12 +368,16 @@ def mix(examples: Examples, pool: Pool) -> dict[str, float]:
         part = examples.kind == kind
         found = np.bincount(_cell(examples.itm[part], examples.itc[part], edges), minlength=cells)
         density[row] = (found + 0.25) / (found.sum() + 0.25 * cells)
-    prior = np.array([PRIOR.get(kind, 0.05) for kind in kinds])
-    pull = PRIOR_WEIGHT * counts.sum() * prior / prior.sum()
-    shares = prior / prior.sum()
+    usual = np.array([PRIOR.get(kind, 0.05) for kind in kinds])
+    wrong = np.array([kind != "match" for kind in kinds])
+    pull = PRIOR_WEIGHT * counts.sum() * np.where(wrong, usual, 0.0) / usual[wrong].sum()
+    shares = usual / usual.sum()
     for _ in range(1000):
         joint = shares[:, None] * density
-        expected = (joint / joint.sum(0) * counts).sum(1) + pull
+        expected = (joint / joint.sum(0) * counts).sum(1)
+        # the prior is on how mismatches divide into kinds, not on how many there are
+        total = expected[wrong].sum()
+        expected[wrong] = (expected + pull)[wrong] * total / (total + pull.sum())
         before, shares = shares, expected / expected.sum()
         if np.abs(shares - before).max() < 1e-7:
             break
@@ -474,7 +481,7 @@ def _choose_score(
 
 
 def _fuse(examples: dict[str, Examples], pools: dict[str, Pool]) -> tuple[float, float]:
-    """Weights of ITM's logit and of ITC by logistic regression over all sources; neither below 0."""
+    """Weights of ITM's logit and of ITC by logistic regression over all sources; none below 0."""
     from sklearn.linear_model import LogisticRegression
 
     itm, itc, match, weights = [], [], [], []
@@ -549,6 +556,7 @@ def _calibrate_source(
         "match_share": share,
         "match_share_interval": _interval(drawn["match_share"]),
         "threshold": threshold,
+        "itm_threshold": _unlogit(threshold) if score == "itm" else None,
         "best_precision": best,
         "kept": round(float(kept.mean()) * pool.total),
         "kept_share": float(kept.mean()),
@@ -658,7 +666,7 @@ def _resampled(
     _, which = np.unique(examples.image.astype(str), return_inverse=True)
     order = np.argsort(which, kind="stable")
     starts = np.searchsorted(which[order], np.arange(which.max() + 2))
-    groups = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    groups = [order[a:b] for a, b in itertools.pairwise(starts)]
     return [
         np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))])
         for _ in range(times)
@@ -687,6 +695,10 @@ def _cell(itm: Floats, itc: Floats, edges: list[Floats]) -> NDArray[np.int64]:
 def _logit(probability: Floats) -> Floats:
     p = np.clip(np.asarray(probability, np.float64), 1e-6, 1 - 1e-6)
     return np.log(p / (1 - p))
+
+
+def _unlogit(value: float | None) -> float | None:
+    return None if value is None else float(1 / (1 + np.exp(-value)))
 
 
 def _plain(values: Floats) -> tuple[float, ...]:

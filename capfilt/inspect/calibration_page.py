@@ -33,9 +33,9 @@ def calibration_page(calibration: Calibration) -> str:
     ]
     if report.get("labels") == "made up":
         parts.append(
-            "<p>No one judged these pairs: the share of matches was estimated from the scores. Noise of "
-            "a kind that was not made up (neither another picture's text nor one wrong word) is not "
-            "in these numbers; review some kept pairs at random to be sure.</p>"
+            "<p>No one judged these pairs: the share of matches was estimated from the scores. "
+            "Noise of a kind that was not made up (neither another picture's text nor one wrong "
+            "word) is not in these numbers; review some kept pairs at random to be sure.</p>"
         )
     if report.get("noise_ratio") is not None:
         parts.append(
@@ -50,11 +50,14 @@ def calibration_page(calibration: Calibration) -> str:
 def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The numbers of a source in words, for the page and the terminal."""
     threshold = found["threshold"]
+    shown = "none reaches the precision" if threshold is None else f"{threshold:.4f}"
+    if found["itm_threshold"] is not None:
+        shown = f"ITM probability {found['itm_threshold']:.4f}"
     rows = [
         ("scored pairs", f"{found['pairs']:,}"),
         ("examples", f"{found['right']:,} right, {found['wrong']:,} wrong"),
         ("share of matches", _with_interval(found["match_share"], found["match_share_interval"])),
-        ("threshold", "none reaches the precision" if threshold is None else f"{threshold:.4f}"),
+        ("threshold", shown),
         ("kept", f"{found['kept']:,} ({found['kept_share']:.1%})"),
         ("expected precision", _with_interval(found["precision"], found["precision_interval"])),
         ("expected recall", _with_interval(found["recall"], found["recall_interval"])),
@@ -135,8 +138,12 @@ def _chart(
             for (a, b), p, o in zip(points, x, y, strict=True)
         ]
     for value in (0, 0.5, 1):
-        drawn.append(f"<text x='{at(value, False)}' y='{high + 14}' text-anchor='middle'>{value:g}</text>")
-        drawn.append(f"<text x='{low - 5}' y='{at(value, True) + 4}' text-anchor='end'>{value:g}</text>")
+        drawn.append(
+            f"<text x='{at(value, False)}' y='{high + 14}' text-anchor='middle'>{value:g}</text>"
+        )
+        drawn.append(
+            f"<text x='{low - 5}' y='{at(value, True) + 4}' text-anchor='end'>{value:g}</text>"
+        )
     drawn.append(f"<text x='{_SIDE / 2}' y='{_SIDE - 4}' text-anchor='middle'>{x_name}</text>")
     drawn.append(
         f"<text x='10' y='{_SIDE / 2}' text-anchor='middle' "

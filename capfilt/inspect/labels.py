@@ -376,3 +376,15 @@ def read_labels(folder: str | Path) -> list[Label]:
     store = LabelStore(folder)
     store.refresh()
     return sorted(store.standing.values(), key=lambda label: (_moment(label.time), label.pair_id))
+
+
+def verdicts_of(labels: Iterable[Label]) -> dict[str, bool]:
+    """Whether each judged pair (`Label.pair`) is right, by the majority of its reviewers.
+
+    `unsure` says nothing, and a pair on which they are split is left out.
+    """
+    votes: dict[str, int] = {}
+    for label in labels:
+        if label.verdict in ("right", "wrong"):
+            votes[label.pair] = votes.get(label.pair, 0) + (1 if label.verdict == "right" else -1)
+    return {pair: vote > 0 for pair, vote in votes.items() if vote}

@@ -82,7 +82,7 @@ class MEDConfig:
             through the tower's last LayerNorm once more (transformers' `BlipModel`).
         projection_hidden: None for linear ITC heads, as in BLIP; else the hidden width of two-layer
             heads.
-        projection_dropout: of two-layer heads, 0..1.
+        projection_dropout: of the image's two-layer head, 0..1.
         text_residual: the text's two-layer head is added to the pooled text, so that ITC starts in
             the space of a sentence encoder; needs `embed_dim` equal to `text_width`.
         grid_side: EfficientNet-Lite's feature map is averaged to so many cells a side before
@@ -535,15 +535,15 @@ class GridAdapter(nn.Module):
         return self.norm(adapted)
 
 
-def _projection(width: int, config: MEDConfig) -> nn.Module:
+def _projection(width: int, config: MEDConfig, dropout: float) -> nn.Module:
     if config.projection_hidden is None:
         return nn.Linear(width, config.embed_dim)
     return nn.Sequential(
         nn.LayerNorm(width),
-        Dropout(config.projection_dropout / 2),
+        Dropout(dropout / 2),
         nn.Linear(width, config.projection_hidden),
         nn.GELU(),
-        Dropout(config.projection_dropout),
+        Dropout(dropout),
         nn.Linear(config.projection_hidden, config.embed_dim),
     )
 
@@ -601,8 +601,8 @@ class MED(nn.Module):
         self.lm_head = LMHead(config)
         self.itm_head = nn.Linear(config.text_width, 2)
         pooled_width = config.image_width * (2 if config.image_pool == "mean_max" else 1)
-        self.vision_proj = _projection(pooled_width, config)
-        self.text_proj = _projection(config.text_width, config)
+        self.vision_proj = _projection(pooled_width, config, config.projection_dropout)
+        self.text_proj = _projection(config.text_width, config, config.dropout)
         self.temp = nn.Parameter(torch.tensor(0.07))
         if config.text_pool == "pooler":
             self.text_pooler = nn.Linear(config.text_width, config.text_width)
@@ -639,21 +639,18 @@ class MED(nn.Module):
         tokens = self.vision(pixel_values)
         return tokens if self.config.image_tower == "vit" else tokens.flatten(2).transpose(1, 2)
 
-    def adapt(self, tokens: Tensor, embeds: Tensor | None = None) -> Tensor:
+    def adapt(self, tokens: Tensor) -> Tensor:
         """Make the tower's tokens readable for cross-attention.
 
         Args:
             tokens: `[B, P, Dv]` from `encode_image`, or from a cache of it.
-            embeds: `[B, E]` from `embed_image`, for `itc_token`; worked out here when not given.
 
         Returns:
             `[B, P', D]` for EfficientNet-Lite; the tokens themselves for a ViT.
         """
         if self.adapter is None:
             return tokens
-        if self.config.itc_token:
-            # what ITC knows is read here and not changed
-            embeds = (self.embed_image(tokens) if embeds is None else embeds).detach()
+        embeds = self.known_image(tokens) if self.config.itc_token else None
         adapted: Tensor = self.adapter(tokens, embeds)
         return adapted
 
@@ -671,6 +668,15 @@ class MED(nn.Module):
             `[B, E]`, of length 1.
         """
         return self.project_image(self.pool_image(tokens))
+
+    @torch.no_grad()
+    def known_image(self, tokens: Tensor) -> Tensor:
+        """`embed_image` without dropout and gradient: what ITM and LM read of what ITC knows."""
+        training = self.vision_proj.training
+        self.vision_proj.eval()
+        embeds = self.embed_image(tokens)
+        self.vision_proj.train(training)
+        return embeds
 
     def pool_image(self, tokens: Tensor) -> Tensor:
         """What `project_image` reads: `[B, P, Dv]` to `[B, Dv]`, or `[B, 2 Dv]` for `mean_max`."""

@@ -1,7 +1,7 @@
 """`filter`: which pairs are kept, and for each other one the reason why not (paper, section 3.3).
 
-Reads scores only: another threshold needs no model. Human pairs are kept whatever their score, as in
-the paper; only an empty text, a picture that can't be used or a duplicate drops one.
+Reads scores only: another threshold needs no model. Human pairs are kept whatever their score, as
+in the paper; only an empty text, a picture that can't be used or a duplicate drops one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -77,8 +77,8 @@ class FilterStage:
         path = Path(self.config.calibration)
         if not path.is_file():
             raise InputError(
-                f"filter.calibration: {path} is not there; write it with `capfilt calibrate CONFIG`, "
-                "or set filter.calibration: null"
+                f"filter.calibration: {path} is not there; write it with `capfilt calibrate "
+                "CONFIG`, or set filter.calibration: null"
             )
         return {"calibration": path}
 
@@ -177,7 +177,9 @@ def decide(shard: Shard, *, rules: Rules) -> pa.Table:
         out = pa.array(judged.open & ~_within(judged, rules.cut))
         reason = pc.if_else(out, "below_top_fraction", reason)
     if rules.config.synthetic_only_where_web_dropped:
-        kept_web = pc.and_(judged.is_source("web"), _none(pc.coalesce(judged.scores["error"], reason)))
+        kept_web = pc.and_(
+            judged.is_source("web"), _none(pc.coalesce(judged.scores["error"], reason))
+        )
         pictures = judged.scores["key"].filter(kept_web)
         out = pc.and_(
             pc.and_(judged.is_source("synthetic"), _none(reason)),
@@ -256,7 +258,9 @@ def judge(shard: Shard, rules: Rules) -> Judged:
     assert rank is not None
     rank = rank + 0.0  # -0.0 and 0.0 are the same score
     if config.best_of is not None:
-        contenders = pc.and_(pc.and_(pc.equal(scores["source"], "synthetic"), has_score), _none(reason))
+        contenders = pc.and_(
+            pc.and_(pc.equal(scores["source"], "synthetic"), has_score), _none(reason)
+        )
         worse = _not_best(scores, rank, _bools(contenders), config.best_of)
         reason = drop(reason, pa.array(worse), "not_best")
     counted = _bools(counted)
@@ -293,7 +297,7 @@ def _calibrated(
 
 
 def _not_best(scores: pa.Table, rank: np.ndarray, contenders: np.ndarray, count: int) -> np.ndarray:
-    """Which contenders are not among the `count` best of their picture; ties go by uid. [N] bool."""
+    """Which contenders are not among the `count` best of their picture; ties by uid. [N] bool."""
     rows = np.flatnonzero(contenders)
     out = np.zeros(len(rank), dtype=bool)
     if len(rows) == 0:

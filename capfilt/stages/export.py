@@ -25,9 +25,11 @@ class ExportStage:
 
     Attributes:
         config: whether human pairs are exported too.
+        calibration: the file of the filter's thresholds; its digest is cited in the manifests.
     """
 
     config: Export
+    calibration: Path | None = None
 
     name: str = field(default="export", init=False)
     version: int = field(default=1, init=False)
@@ -40,8 +42,8 @@ class ExportStage:
     cheap: bool = field(default=True, init=False)
 
     def weights(self) -> dict[str, Path]:
-        """None."""
-        return {}
+        """No model; the calibration is cited."""
+        return {} if self.calibration is None else {"calibration": self.calibration}
 
     def open(self, device: str) -> Callable[[Shard], pa.Table]:
         """Needs nothing; the function that it returns makes a shard's table."""

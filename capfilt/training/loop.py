@@ -91,6 +91,9 @@ def train(
     if config.freeze_words:
         for tower in (model.encoder, model.decoder):
             tower.embeddings.word.weight.requires_grad_(False)
+    if config.freeze_ffn:
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            layer.feed_forward.requires_grad_(False)
     optimizer = build_optimizer(model, config)
     ranks.send_from_first([model, *(others or {}).values()])
     averaged = AveragedWeights(model, config.average_weights) if config.average_weights else None

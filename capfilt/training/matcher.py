@@ -94,7 +94,7 @@ def matcher_losses(
     features = objectives.augment_features(features, settings.image_dropout, generator)
     ids, mask = objectives.tokenize(tokenizer, batch.captions, settings.max_tokens, first_token="cls")
     ids, mask = ids.to(device), mask.to(device)
-    embedded = objectives.Embedded(model.embed_image(features), model.embed_text(ids, mask))
+    embedded = objectives.embed(model, features, ids, mask)
     itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step)
     rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
     further: list[tuple[int, str]] = []
@@ -105,7 +105,7 @@ def matcher_losses(
                 further.append((row, swapped))
         if foreign and rng.random() < settings.itm.web_negatives:
             further.append((row, foreign[int(rng.integers(len(foreign)))]))
-    adapted = model.adapt(features, embedded.images)
+    adapted = model.adapt(features)
     itm, right = objectives.itm_objective(
         model,
         tokenizer,

@@ -28,10 +28,29 @@ class Embedded:
     Attributes:
         images: `[B, E]`, of length 1.
         texts: `[B, E]`, of length 1.
+        known_images: the same without dropout and gradient: ITM chooses its negatives by these and
+            reads their similarity.
+        known_texts: the same for the texts.
     """
 
     images: Tensor
     texts: Tensor
+    known_images: Tensor
+    known_texts: Tensor
+
+
+def embed(model: MED, features: Tensor, ids: Tensor, mask: Tensor) -> Embedded:
+    """A batch in ITC's space: `[B, P, Dv]` features, `[B, L]` ids and mask."""
+    pooled = model.pool_text(model.text_hidden(ids, mask), mask)
+    images, texts = model.embed_image(features), model.project_text(pooled)
+    if model.config.projection_hidden is None:  # heads without dropout
+        return Embedded(images, texts, images.detach(), texts.detach())
+    with torch.no_grad():
+        training = model.text_proj.training
+        model.text_proj.eval()
+        known_texts = model.project_text(pooled)
+        model.text_proj.train(training)
+    return Embedded(images, texts, model.known_image(features), known_texts)
 
 
 def image_features(model: MED, batch: Batch, device: str) -> Tensor:
@@ -111,6 +130,8 @@ class Contrast:
                 momentum_update(self.slow, model, self.config.momentum)
                 slow_images = losses.gather_with_gradient(self.slow.embed_image(features))
                 slow_texts = losses.gather_with_gradient(self.slow.embed_text(ids, mask))
+        if sample_weight is not None:
+            sample_weight = losses.gather_with_gradient(sample_weight)
         alpha = losses.ramped_alpha(self.config.alpha, step, self.ramp_steps)
         loss = losses.itc_loss(
             images,
@@ -170,8 +191,8 @@ def itm_objective(
     """
     count = len(captions)
     device = embedded.images.device
-    images = losses.gather_with_gradient(embedded.images)
-    texts = losses.gather_with_gradient(embedded.texts)
+    images = losses.gather_with_gradient(embedded.known_images)
+    texts = losses.gather_with_gradient(embedded.known_texts)
     everyone = [caption for part in ranks.gather(captions) for caption in part]
     with torch.no_grad():
         sim = images @ texts.T
@@ -207,7 +228,10 @@ def itm_objective(
         first, first_mask = tokenize(
             tokenizer, [text for _, text in further], max_tokens, first_token="cls"
         )
-        text_embeds = torch.cat([text_embeds, model.embed_text(first.to(device), first_mask.to(device))])
+        with torch.no_grad():
+            text_embeds = torch.cat(
+                [text_embeds, model.embed_text(first.to(device), first_mask.to(device))]
+            )
     itc_sim = (images[image_rows] * text_embeds).sum(-1)
     image_index = image_rows
     if ranks.world_size() > 1:

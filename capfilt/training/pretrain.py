@@ -78,7 +78,7 @@ def pretrain(
         vocabulary=vocabulary.to(device),
         weights=weights,
         settings=settings,
-        first_itm_step=round(settings.itm_start * steps),
+        lm_only_steps=round(settings.lm_only_share * steps),
         easy_steps=round(settings.itm.easy_epochs * per_epoch),
         device=device,
     )
@@ -110,7 +110,7 @@ def pretrain_losses(
     vocabulary: Tensor,
     weights: dict[str, float],
     settings: Pretrain,
-    first_itm_step: int,
+    lm_only_steps: int,
     easy_steps: int,
     device: str,
 ) -> dict[str, Tensor]:
@@ -121,17 +121,22 @@ def pretrain_losses(
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
-    ids, mask = objectives.tokenize(tokenizer, batch.captions, settings.max_tokens, first_token="cls")
-    ids, mask = ids.to(device), mask.to(device)
-    embedded = objectives.Embedded(model.embed_image(features), model.embed_text(ids, mask))
-    itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step, weight)
-    adapted = model.adapt(features, embedded.images)
-    cross = model.cross_keys_values(adapted, "encoder")
-    found = {"itc": itc}
-    loss = itc
-    if step >= first_itm_step:
-        since = step - first_itm_step
-        itm, found["itm_accuracy"] = objectives.itm_objective(
+    found: dict[str, Tensor] = {}
+    loss = torch.zeros((), device=device)
+    if step < lm_only_steps:
+        adapted = model.adapt(features)
+        cross = model.cross_keys_values(adapted, "encoder")
+    else:
+        ids, mask = objectives.tokenize(
+            tokenizer, batch.captions, settings.max_tokens, first_token="cls"
+        )
+        ids, mask = ids.to(device), mask.to(device)
+        embedded = objectives.embed(model, features, ids, mask)
+        itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step, weight)
+        adapted = model.adapt(features)
+        cross = model.cross_keys_values(adapted, "encoder")
+        since = step - lm_only_steps
+        itm, right = objectives.itm_objective(
             model,
             tokenizer,
             batch.captions,
@@ -145,8 +150,8 @@ def pretrain_losses(
             further=[],
             weight=weight,
         )
-        found["itm"] = itm
-        loss = loss + settings.itm_weight * itm
+        found = {"itc": itc, "itm": itm, "itm_accuracy": right}
+        loss = itc + settings.itm_weight * itm
     if model.config.sharing in ("none", "all_but_cross_attention"):
         cross = model.cross_keys_values(adapted, "decoder")
     lm = objectives.lm_objective(

@@ -12,6 +12,7 @@ What is lost is the overlap of the all-reduce with the backward pass.
 Nothing here imports torch until it is called: the command line asks for the rank.
 """
 
+import atexit
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -61,6 +62,7 @@ def start() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(own_device("cuda"))
     dist.init_process_group(backend, timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)  # else its threads abort the process at the end
 
 
 def wait() -> None:

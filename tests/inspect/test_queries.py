@@ -176,17 +176,19 @@ def test_a_card_holds_the_other_texts_of_its_picture(run: Run) -> None:
 def test_trying_a_threshold_agrees_with_the_stage_filter(
     run: Run, folder: Path, t_itm: str, t_itc: str
 ) -> None:
+    import pyarrow as pa
+
     from capfilt.config import Filter
-    from capfilt.stages.decide import decide
+    from capfilt.stages.decide import Rules, decide
 
     tried = parse_thresholds({"t_itm": t_itm, "t_itc": t_itc}, Thresholds())
     result = run.try_thresholds(tried)
     before = scores(folder)
-    duplicates = frozenset(name for name, row in before.items() if row["reason"] == "duplicate")
-    config = Filter(itm_threshold=tried.itm, itc_threshold=tried.itc)
+    duplicates = pa.array([name for name, row in before.items() if row["reason"] == "duplicate"])
+    rules = Rules(Filter(itm_threshold=tried.itm, itc_threshold=tried.itc), duplicates)
     kept = set()
     for name in run.shards:
-        table = decide(Shard(run.run, name), config=config, duplicates=duplicates)
+        table = decide(Shard(run.run, name), rules=rules)
         kept |= {row["pair_id"] for row in table.to_pylist() if row["keep"]}
     assert result["all"]["would_keep"] == len(kept)
     kept_before = {name for name, row in before.items() if row["keep"]}

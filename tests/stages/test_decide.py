@@ -273,8 +273,8 @@ def test_reads_and_identity_follow_the_options(tmp_path):
 
 def test_calibration_gives_thresholds_a_source(tmp_path):
     path = tmp_path / "calibration.json"
-    web = SourceCalibration(0.6, 0.5, (0.0, 1.0), (0.0, 1.0))
-    synthetic = SourceCalibration(0.2, 0.9, (0.0, 1.0), (0.5, 1.0))
+    web = SourceCalibration(0.4, 0.5, (-2.0, 2.0), (0.0, 1.0))  # an ITM probability of 0.599
+    synthetic = SourceCalibration(-1.4, 0.9, (-2.0, 2.0), (0.5, 1.0))  # 0.198
     write_calibration(
         path, Calibration("m" * 64, "itm", (1.0, 0.0), 0.95, {"web": web, "synthetic": synthetic}, {})
     )
@@ -285,7 +285,7 @@ def test_calibration_gives_thresholds_a_source(tmp_path):
     run = make_run(tmp_path / "run", {"web-00000": rows})
     found = reasons(run, calibration=str(path))
     assert list(found.values()) == ["below_precision", "kept", "kept", "below_precision", "kept"]
-    # 0.7 and 0.61 for web, 0.65 for the synthetic text
+    # by ITM alone the synthetic text would be last
     ranked = reasons(run, calibration=str(path), top_fraction=0.4, rank_by="probability")
     assert [k for k, v in ranked.items() if v == "kept"] == [f"{K[2]}/synthetic0", f"{K[4]}/text0"]
     digest = FilterStage(Filter(calibration=str(path)), run).weights()

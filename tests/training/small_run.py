@@ -89,5 +89,11 @@ def write_features(run: RunDir, name: str, keys: list[str], tokens: int, width: 
 
 def config_of(folder: Path, **sections: object) -> Config:
     return Config.model_validate(
-        {"run_dir": str(folder), "human": {"pairs": "h.csv"}, "web": {"pairs": "w.csv"}, "model": {"preset": "base"}, **sections}
+        {
+            "run_dir": str(folder),
+            "human": {"pairs": "h.csv"},
+            "web": {"pairs": "w.csv"},
+            "model": {"preset": "base"},
+            **sections,
+        }
     )

@@ -44,7 +44,9 @@ class Trained:
         return {"averaged": self.averaged, "others": {"momentum": self.slow, "queue": self.queue}}
 
     def save(self, folder: Path, step: int, fingerprint: str = A, **more: object) -> Path:
-        return save_checkpoint(folder, step, fingerprint, self.model, self.optimizer, **self.parts, **more)
+        return save_checkpoint(
+            folder, step, fingerprint, self.model, self.optimizer, **self.parts, **more
+        )
 
     def load(self, folder: Path, fingerprint: str = A) -> tuple[int, dict | None]:
         return load_checkpoint(folder, fingerprint, self.model, self.optimizer, **self.parts)
@@ -66,9 +68,13 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     with torch.no_grad():
         new.model[1].bias.copy_(old.model[1].bias)
     new.step()
-    for (name, a), (_, b) in zip(old.model.named_parameters(), new.model.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        old.model.named_parameters(), new.model.named_parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
-    assert all(torch.equal(old.averaged.weights[n], new.averaged.weights[n]) for n in old.averaged.weights)
+    assert all(
+        torch.equal(old.averaged.weights[n], new.averaged.weights[n]) for n in old.averaged.weights
+    )
     assert torch.equal(old.slow.weight, new.slow.weight)
     assert torch.equal(old.queue.image_queue, new.queue.image_queue)
 
@@ -79,7 +85,11 @@ def test_the_last_two_are_kept_and_no_other_trainings_are_touched(tmp_path: Path
     for step in (5, 10, 15, 110):
         trained.save(tmp_path, step)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["step-1-bbbbbbbbbbbb.pt", "step-110-aaaaaaaaaaaa.pt", "step-15-aaaaaaaaaaaa.pt"]
+    assert names == [
+        "step-1-bbbbbbbbbbbb.pt",
+        "step-110-aaaaaaaaaaaa.pt",
+        "step-15-aaaaaaaaaaaa.pt",
+    ]
     assert last_checkpoint(tmp_path, A) == tmp_path / "step-110-aaaaaaaaaaaa.pt"
     assert trained.load(tmp_path)[0] == 110
     assert trained.load(tmp_path, B)[0] == 1
@@ -98,7 +108,9 @@ def test_a_damaged_one_falls_back_to_the_one_before(
     path = trained.save(tmp_path, 10)
     data = path.read_bytes()
     path.write_bytes(
-        {"empty": b"", "cut": data[: len(data) // 2], "text": b"hello", "zeros": bytes(len(data))}[damage]
+        {"empty": b"", "cut": data[: len(data) // 2], "text": b"hello", "zeros": bytes(len(data))}[
+            damage
+        ]
     )
     assert trained.load(tmp_path)[0] == 5
     assert "step-10-aaaaaaaaaaaa.pt can't be read" in caplog.text

@@ -18,7 +18,12 @@ from capfilt.errors import ConfigError, DivergenceError, MissingExtraError
 from capfilt.training import objectives
 from capfilt.training.data import Batch
 from capfilt.training.loop import slices
-from capfilt.training.optim import AveragedWeights, build_optimizer, freeze_layers, set_learning_rate
+from capfilt.training.optim import (
+    AveragedWeights,
+    build_optimizer,
+    freeze_layers,
+    set_learning_rate,
+)
 
 SCRIPT = Path(__file__).with_name("train_tiny.py")
 
@@ -34,7 +39,11 @@ def logged(folder: Path) -> list[dict]:
     if not (folder / "log.jsonl").exists():
         return []
     lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines if line.endswith("}")]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in lines
+        if line.endswith("}")
+    ]
 
 
 def test_killed_in_the_middle_it_goes_on_with_the_same_losses(run: Path, tmp_path: Path) -> None:
@@ -96,7 +105,9 @@ def test_a_checkpoint_of_another_training_is_left_alone(run: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverging_loss_names_step_keys_and_checkpoint(run: Path, tmp_path: Path, value: float) -> None:
+def test_a_diverging_loss_names_step_keys_and_checkpoint(
+    run: Path, tmp_path: Path, value: float
+) -> None:
     seen: list[str] = []
 
     def poison(losses):
@@ -119,11 +130,13 @@ def test_a_diverging_loss_names_step_keys_and_checkpoint(run: Path, tmp_path: Pa
     assert error.value.exit_code == 1
 
 
-def test_a_first_step_that_diverges_says_that_there_is_no_checkpoint(run: Path, tmp_path: Path) -> None:
+def test_a_first_step_that_diverges_says_that_there_is_no_checkpoint(
+    run: Path, tmp_path: Path
+) -> None:
     def poison(losses):
         return lambda *arguments: {"loss": losses(*arguments)["loss"] * float("nan")}
 
-    with pytest.raises(DivergenceError, match="step 0 of 8 .* checkpoint is none yet"):
+    with pytest.raises(DivergenceError, match=r"step 0 of 8 .* checkpoint is none yet"):
         train_tiny(run, tmp_path, "a" * 64, FULL, wrap=poison)
 
 
@@ -146,7 +159,9 @@ def test_patience_stops_and_the_best_weights_are_kept(run: Path, tmp_path: Path)
 
 def test_without_patience_it_trains_to_the_end(run: Path, tmp_path: Path) -> None:
     scores = itertools.count(5, -1)
-    _, found = train_tiny(run, tmp_path, "a" * 64, FULL, score=lambda model: {"score": next(scores)})
+    _, found = train_tiny(
+        run, tmp_path, "a" * 64, FULL, score=lambda model: {"score": next(scores)}
+    )
     assert found["steps"] == 8 and found["best"]["step"] == 2
 
 
@@ -187,7 +202,9 @@ def test_each_option_trains(run: Path, tmp_path: Path, option: dict) -> None:
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
     frozen = {
         name
-        for (name, before), (_, after) in zip(start.named_parameters(), model.named_parameters(), strict=True)
+        for (name, before), (_, after) in zip(
+            start.named_parameters(), model.named_parameters(), strict=True
+        )
         if torch.equal(before, after)
     }
     expected = set()
@@ -214,7 +231,7 @@ def test_checkpointed_gradients_give_the_same_losses(run: Path, tmp_path: Path) 
 
 
 def test_more_frozen_layers_than_there_are(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="freeze_layers: 3 is more than .* 2 layers"):
+    with pytest.raises(ConfigError, match=r"freeze_layers: 3 is more than .* 2 layers"):
         freeze_layers(tiny_med(), 3)
 
 
@@ -238,7 +255,13 @@ def test_accumulated_lm_is_that_of_the_whole_batch(prompt: str, count: int) -> N
     from capfilt.models.folder import preset_tokenizer
 
     tokenizer, model = preset_tokenizer(Model()), tiny_med()
-    captions = ["a dog", "a red boat on the water with a man", "trees", "two horses by a house", "a big ball"]
+    captions = [
+        "a dog",
+        "a red boat on the water with a man",
+        "trees",
+        "two horses by a house",
+        "a big ball",
+    ]
     whole = batch_of(captions)
     vocabulary = objectives.vocabulary_in_use(tokenizer, captions, prompt)
 
@@ -254,13 +277,15 @@ def test_accumulated_lm_is_that_of_the_whole_batch(prompt: str, count: int) -> N
     model.zero_grad()
     total = 0.0
     parts = slices(whole, count)
-    assert sum((part.keys for part in parts), []) == whole.keys
+    assert [key for part in parts for key in part.keys] == whole.keys
     for part in parts:
         loss = lm(part) * len(part.keys) / len(whole.keys)
         loss.backward()
         total += float(loss.detach())
     assert total == pytest.approx(float(expected.detach()), rel=1e-5)
-    torch.testing.assert_close(model.decoder.layers[0].self_attention.qkv.weight.grad, gradient, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        model.decoder.layers[0].self_attention.qkv.weight.grad, gradient, atol=1e-6, rtol=1e-4
+    )
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
@@ -274,7 +299,9 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert {round(group["lr"], 6) for group in optimizer.param_groups} == {1e-4, 5e-4}
     decays = {group["weight_decay"] for group in optimizer.param_groups}
     assert decays == {0.0, 0.05}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+        list(model.parameters())
+    )
 
 
 def test_averaged_weights_follow_and_come_back() -> None:

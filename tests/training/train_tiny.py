@@ -1,6 +1,6 @@
 """Pretrains the tiny MED on a small run: in a test's process, or as one that may be killed.
 
-    python train_tiny.py RUN FOLDER FINGERPRINT SETTINGS-AS-JSON
+python train_tiny.py RUN FOLDER FINGERPRINT SETTINGS-AS-JSON
 """
 
 import json
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from small_run import TINY, WITH_DROPOUT, tiny_med
 
-from capfilt.config import Pretrain
+from capfilt.config import Model, Pretrain
 from capfilt.models.folder import preset_tokenizer
 from capfilt.models.med import MED
-from capfilt.config import Model
 from capfilt.shards import RunDir
 from capfilt.training import objectives
 from capfilt.training.data import Stream, take_inventory
@@ -32,14 +31,24 @@ FULL: dict[str, Any] = {
 
 
 def train_tiny(
-    run: Path, folder: Path, fingerprint: str, values: dict[str, Any], dropout: bool = False, **further: Any
+    run: Path,
+    folder: Path,
+    fingerprint: str,
+    values: dict[str, Any],
+    dropout: bool = False,
+    **further: Any,
 ) -> tuple[MED, dict[str, Any]]:
     settings = Pretrain.model_validate(values)
     inventory = take_inventory(RunDir(str(run)), ("human", "web"))
     model = tiny_med(WITH_DROPOUT if dropout else TINY)
     tokenizer = preset_tokenizer(Model())
     stream = Stream(
-        RunDir(str(run)), inventory, TINY, batch_size=settings.batch_size, seed=3, use_features=False
+        RunDir(str(run)),
+        inventory,
+        TINY,
+        batch_size=settings.batch_size,
+        seed=3,
+        use_features=False,
     )
     contrast = objectives.Contrast(model, settings.itc, "cpu", 6)
     loss_of = partial(
@@ -49,6 +58,8 @@ def train_tiny(
         contrast=contrast,
         vocabulary=objectives.vocabulary_in_use(tokenizer, inventory.all_captions(), ""),
         settings=settings,
+        weights={},
+        first_itm_step=0,
         easy_steps=4,
         device="cpu",
     )
@@ -81,7 +92,12 @@ if __name__ == "__main__":
     run, folder, fingerprint, values = sys.argv[1:]
     options = json.loads(values)
     model, _ = train_tiny(
-        Path(run), Path(folder), fingerprint, options["settings"], dropout=options["dropout"], score=temperature_score
+        Path(run),
+        Path(folder),
+        fingerprint,
+        options["settings"],
+        dropout=options["dropout"],
+        score=temperature_score,
     )
     from capfilt.training import ranks
 
