@@ -210,6 +210,9 @@ class HeadWarmup(_Section):
     """Peak learning rate."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's."""
+    dropout: float = Field(0.7, ge=0, lt=1)
+    """Of the image's head. High (0.7) for a matcher, which must not learn wrong web texts by heart;
+    low (0.2) for a captioner, which gains from remembering."""
 
 
 class Pretrain(Optim):
@@ -247,6 +250,8 @@ class Matcher(Optim):
     """Longest text, in tokens."""
     itm_weight: float = Field(1.0, ge=0)
     """Weight of the ITM loss."""
+    head_warmup: HeadWarmup | None = None
+    """Start ITC's heads anew, as in pretraining, and ITM from the similarity that they give."""
     val_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the human pictures held out to pick the checkpoint by mean recall."""
 

@@ -405,7 +405,7 @@ def _finetune(
 ) -> StageResult:
     deciding = {step: manifest.deciding_config(settings), "seed": config.seed}
     sources: tuple[str, ...] = ("human",)
-    if isinstance(settings, Matcher) and settings.itm.web_negatives:
+    if isinstance(settings, Matcher) and (settings.itm.web_negatives or settings.head_warmup):
         sources = ("human", "web")
     if settings.checkpoint is not None:
         weights = _checkpoint_digest(settings.checkpoint)

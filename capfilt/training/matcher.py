@@ -17,6 +17,7 @@ from capfilt.training import objectives, ranks
 from capfilt.training.data import Batch, Stream, take_inventory
 from capfilt.training.loop import Progress, train
 from capfilt.training.swaps import WordSwaps
+from capfilt.training.warmup import warm_up_heads
 
 
 def finetune_matcher(
@@ -34,6 +35,19 @@ def finetune_matcher(
     model = model.to(device)
     use_features = model_folder.uses_features(config.model, settings.freeze_image)
     make_stream = partial(Stream, run, seed=config.seed, use_features=use_features)
+    if settings.head_warmup is not None:
+        everything = take_inventory(run, ("web", "human"))
+        warm_up_heads(
+            model,
+            tokenizer,
+            make_stream(everything, model.config, batch_size=settings.batch_size, train=False),
+            settings.head_warmup,
+            max_tokens=settings.max_tokens,
+            seed=config.seed + 1,
+            device=device,
+            folder=folder,
+            progress=lambda done, total: progress(done, total, {}) if progress else None,
+        )
     per_epoch = max(1, len(inventory) // settings.batch_size)
     contrast = objectives.Contrast(
         model, settings.itc, device, round(settings.itc.alpha_warmup_epochs * per_epoch)

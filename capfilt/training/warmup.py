@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
-from capfilt.models.med import MED
+from capfilt.models.med import MED, Dropout
 from capfilt.models.tokens import tokenize
+from capfilt.training import ranks
 from capfilt.training.data import Stream
 
 TEXTS_AT_A_TIME = 128
@@ -119,6 +120,7 @@ def warm_up_heads(
         Key to weight (0..1) of the web pictures: the share of web pairs that the human-trained heads
         find less similar. A human pair weighs 1 and isn't listed.
     """
+    reset_heads(model, config.dropout)
     pooled = pool_pairs(model, tokenizer, stream, max_tokens, device)
     web = np.flatnonzero(~pooled.human)
     everything = np.arange(len(pooled.keys))
@@ -140,6 +142,10 @@ def warm_up_heads(
         _Fit(model, pooled, config, seed).run(
             everything, None, config.steps, lambda n: progress(n, config.steps)
         )
+    if model.config.itm_from_itc:
+        start_itm_from_itc(model, pooled, weights, seed)
+    if not ranks.is_first():
+        return weights
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "web_weights.json.tmp"
     temporary.write_text(json.dumps(weights), encoding="utf-8")
@@ -161,6 +167,56 @@ def weigh(model: MED, pooled: Pooled, web: np.ndarray) -> dict[str, float]:
         pooled.keys[row]: round(float(rank) / max(1, len(web) - 1), 4)
         for row, rank in zip(web, ranks, strict=True)
     }
+
+
+def reset_heads(model: MED, dropout: float) -> None:
+    """Gives both heads and the temperature a fresh start; `dropout` is the image head's from now on."""
+    with torch.no_grad():
+        for head in (model.vision_proj, model.text_proj):
+            linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
+            for part in linear:
+                nn.init.normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
+            if head is model.text_proj and model.config.text_residual:
+                nn.init.zeros_(linear[-1].weight)
+        model.temp.fill_(0.07)
+    places = [part for part in model.vision_proj.modules() if isinstance(part, Dropout)]
+    for share, part in zip((0.5, 1.0), places, strict=True) if places else ():
+        part.probability = share * dropout
+
+
+def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], seed: int) -> None:
+    """Sets ITM's scale and bias of the ITC similarity, by logistic regression.
+
+    Positives are all pairs, web ones by their weight; negatives are web pictures with another
+    picture's text, as likely as positives in all.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    model.eval()
+    rng = np.random.default_rng([seed, 11])
+    with torch.inference_mode():
+        images = model.project_image(pooled.images)
+        texts = model.project_text(pooled.texts)
+        own = torch.tensor([texts[0] for texts in pooled.owned])
+        other = own[torch.from_numpy(rng.permutation(len(own)))]
+        right = (images * texts[own]).sum(1).cpu().numpy()
+        wrong = (images * texts[other]).sum(1).cpu().numpy()
+    believed = np.array([weights.get(key, 1.0) for key in pooled.keys])
+    # where there are web pairs they decide: a human pair that was trained on looks too good
+    chosen = ~pooled.human if weights else np.ones(len(believed), bool)
+    believed, right, wrong = believed[chosen], right[chosen], wrong[chosen]
+    fit = LogisticRegression(C=1e6).fit(
+        np.concatenate([right, wrong])[:, None],
+        np.repeat([1, 0], [len(right), len(wrong)]),
+        np.concatenate([believed, np.full(len(wrong), believed.sum() / len(wrong))]),
+    )
+    with torch.no_grad():
+        model.itm_sim_scale.fill_(float(fit.coef_[0, 0]))
+        model.itm_sim_bias.fill_(float(fit.intercept_[0]))
+        # and nothing else yet: its own logits start at the same value for both classes
+        nn.init.zeros_(model.itm_head.weight)
+        nn.init.zeros_(model.itm_head.bias)
 
 
 def _head_parameters(model: MED) -> list[torch.nn.Parameter]:
