@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import typer.main
-from conftest import Said, Tiny
+from tiny import Said, Tiny
 
 from capfilt import cli, pipeline
 from capfilt.errors import PartialError

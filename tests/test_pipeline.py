@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, Tiny, picture
+from tiny import COLOURS, Tiny, picture
 
 from capfilt import manifest, pipeline
 from capfilt.config import Config, load

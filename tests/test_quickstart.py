@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import Said
 from test_docs import TESTED, command_lines
+from tiny import Said
 
 from capfilt.schema import EXPORT, REASONS
 

@@ -188,8 +188,9 @@ def reset_heads(model: MED, dropout: float) -> None:
 def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], seed: int) -> None:
     """Sets ITM's scale and bias of the ITC similarity, by logistic regression.
 
-    Positives are all pairs, web ones by their weight; negatives are web pictures with another
-    picture's text, as likely as positives in all.
+    Positives are the web pairs, by their weight (all pairs where there is no web); negatives are
+    their pictures with another one's text. They weigh as in ITM's batches: two negatives to a
+    positive (paper, section 3.2).
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -209,7 +210,7 @@ def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], se
     fit = LogisticRegression(C=1e6).fit(
         np.concatenate([right, wrong])[:, None],
         np.repeat([1, 0], [len(right), len(wrong)]),
-        np.concatenate([believed, np.full(len(wrong), believed.sum() / len(wrong))]),
+        np.concatenate([believed, np.full(len(wrong), 2 * believed.sum() / len(wrong))]),
     )
     with torch.no_grad():
         model.itm_sim_scale.fill_(float(fit.coef_[0, 0]))
