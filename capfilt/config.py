@@ -1,7 +1,7 @@
 """The config of a run: one YAML file, checked in full before anything happens.
 
-Every field says its unit; `None` (YAML `null`) means off. Fields marked runtime (device, batch size,
-workers) don't decide the output and stay out of the fingerprints.
+Every field says its unit; `None` (YAML `null`) means off. Fields marked runtime (device, batch
+size, workers) don't decide the output and stay out of the fingerprints.
 """
 
 import difflib
@@ -156,8 +156,8 @@ class Optim(_Section):
     image_dropout: Fraction = 0.0
     """Share of the cached image tokens that a training step does not see (frozen tower only)."""
     freeze_layers: int = Field(0, ge=0)
-    """First text layers (self-attention and feed-forward; cross-attention goes on learning) that stay
-    as they are, and the word embeddings with them; 0 trains all."""
+    """First text layers that stay as they are (self-attention and feed-forward; cross-attention
+    goes on learning), and the word embeddings with them; 0 trains all."""
     average_weights: Fraction | None = None
     """Decay of an exponential moving average of the weights, which is what is kept; null is off."""
     patience: Positive | None = None
@@ -543,7 +543,9 @@ def _fields_at(location: list[str]) -> list[str]:
         annotation = section.model_fields[part].annotation
         choices = [annotation, *get_args(annotation)]
         section = next(
-            choice for choice in choices if isinstance(choice, type) and issubclass(choice, _Section)
+            choice
+            for choice in choices
+            if isinstance(choice, type) and issubclass(choice, _Section)
         )
     return list(section.model_fields)
 

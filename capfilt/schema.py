@@ -21,7 +21,7 @@ REASONS = {
     "expression": "`filter.expression` does not hold",
     "not_best": "`filter.best_of` other synthetic texts of the picture are better",
     "below_top_fraction": "the pair is not among the best `filter.top_fraction` of the run",
-    "web_text_kept": "a web text of the picture is kept (`filter.synthetic_only_where_web_dropped`)",
+    "web_text_kept": "a web text is kept (`filter.synthetic_only_where_web_dropped`)",
     "empty_caption": "there is no text",
     "duplicate": "the same picture with the same text stands earlier in the run",
     "download_failed": "the picture could not be fetched",

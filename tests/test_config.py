@@ -169,7 +169,11 @@ def print_of(section: BaseModel) -> str:
     return Identity("stage", 1, deciding_config(section)).fingerprint
 
 
-BASE: dict[str, Any] = yaml.safe_load(MINIMAL) | {"demo": {"serve": "web"}}
+BASE: dict[str, Any] = yaml.safe_load(MINIMAL) | {
+    "demo": {"serve": "web"},
+    "pretrain": {"head_warmup": {}},
+    "matcher": {"head_warmup": {}},
+}
 
 
 def another(value: Any, info: Any, choice: int) -> Any:

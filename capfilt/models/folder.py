@@ -1,6 +1,7 @@
 """A model on disk: weights, config, tokenizer and the vocabulary that its LM head was trained on.
 
-Also where a training starts: a preset's pretrained parts, the run's own pretraining, or a checkpoint.
+Also where a training starts: a preset's pretrained parts, the run's own pretraining, or a
+checkpoint.
 """
 
 import json
@@ -61,7 +62,7 @@ def fresh_model(config: Model, freeze_image: bool) -> med.MED:
 
 
 def preset_tokenizer(config: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a fresh model (bert-base-uncased's vocabulary, which MiniLM's package brings)."""
+    """The tokenizer of a fresh model: bert-base-uncased's, which MiniLM's package brings."""
     folder = config.text_weights
     return load_tokenizer(folder if folder is not None and Path(folder).is_dir() else None)
 

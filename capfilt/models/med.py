@@ -156,10 +156,12 @@ class MEDConfig:
                 "image_pool: efficientnet_lite has no [CLS] token; set image_pool: mean"
             )
 
-        if self.text_residual and (self.projection_hidden is None or self.embed_dim != self.text_width):
+        if self.text_residual and (
+            self.projection_hidden is None or self.embed_dim != self.text_width
+        ):
             raise ConfigError(
-                f"text_residual: needs projection_hidden, and embed_dim ({self.embed_dim}) equal to "
-                f"text_width ({self.text_width})"
+                f"text_residual: needs projection_hidden, and embed_dim ({self.embed_dim}) equal "
+                f"to text_width ({self.text_width})"
             )
         if self.image_tower == "vit" and (self.itc_token or self.grid_side is not None):
             raise ConfigError("itc_token, grid_side: only for the tower efficientnet_lite")

@@ -20,7 +20,12 @@ from capfilt.training.loop import Progress, train
 
 
 def finetune_captioner(
-    run: RunDir, config: Config, folder: Path, fingerprint: str, device: str, progress: Progress | None
+    run: RunDir,
+    config: Config,
+    folder: Path,
+    fingerprint: str,
+    device: str,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Finetunes the captioner on the human pairs and saves it; arguments as in `pretrain`.
 
@@ -37,7 +42,9 @@ def finetune_captioner(
     # it writes only words that people wrote, whatever pretraining saw in the web's texts
     vocabulary = None
     if config.model.preset == "small":
-        vocabulary = objectives.vocabulary_in_use(tokenizer, inventory.all_captions(), settings.prompt)
+        vocabulary = objectives.vocabulary_in_use(
+            tokenizer, inventory.all_captions(), settings.prompt
+        )
         vocabulary = vocabulary.to(device)
     loss_of = partial(
         captioner_losses,
@@ -98,7 +105,12 @@ def captioner_losses(
 
 
 def _caption_scores(
-    model: MED, tokenizer: Any, stream: Stream, vocabulary: Tensor | None, config: Config, device: str
+    model: MED,
+    tokenizer: Any,
+    stream: Stream,
+    vocabulary: Tensor | None,
+    config: Config,
+    device: str,
 ) -> dict[str, float]:
     """CIDEr + BLEU-4 of greedy captions of held-out pictures, against all their texts."""
     prompt = prompt_ids(tokenizer, config.captioner.prompt)
@@ -120,4 +132,8 @@ def _caption_scores(
         written += [decode(tokenizer, caption.token_ids) for caption in captions]
     references = [texts for shard in stream.inventory.captions.values() for texts in shard]
     found = caption_scores(written, references)
-    return {"score": found["cider"] + found["bleu4"], "cider": found["cider"], "bleu4": found["bleu4"]}
+    return {
+        "score": found["cider"] + found["bleu4"],
+        "cider": found["cider"],
+        "bleu4": found["bleu4"],
+    }

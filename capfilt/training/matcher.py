@@ -1,4 +1,4 @@
-"""Finetuning of the matcher with ITC + ITM on human pairs (paper, section 3.3, where it is the filter)."""
+"""Finetuning of the matcher, the paper's filter, with ITC + ITM on human pairs (section 3.3)."""
 
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,12 @@ from capfilt.training.warmup import warm_up_heads
 
 
 def finetune_matcher(
-    run: RunDir, config: Config, folder: Path, fingerprint: str, device: str, progress: Progress | None
+    run: RunDir,
+    config: Config,
+    folder: Path,
+    fingerprint: str,
+    device: str,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Finetunes the matcher on the human pairs and saves it; arguments as in `pretrain`.
 
@@ -106,7 +111,9 @@ def matcher_losses(
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
-    ids, mask = objectives.tokenize(tokenizer, batch.captions, settings.max_tokens, first_token="cls")
+    ids, mask = objectives.tokenize(
+        tokenizer, batch.captions, settings.max_tokens, first_token="cls"
+    )
     ids, mask = ids.to(device), mask.to(device)
     embedded = objectives.embed(model, features, ids, mask)
     itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step)
@@ -149,5 +156,3 @@ def _mean_recall(
     sim = (torch.cat(images) @ torch.cat(texts).T).float().cpu().numpy()
     found = recall_at(sim, np.arange(len(sim)))["mean_recall"]
     return {"score": found, "mean_recall": found}
-
-

@@ -1,4 +1,4 @@
-"""The three objectives on a batch: ITC, ITM and LM (paper, section 3.2), sharing what can be shared.
+"""The three objectives on a batch: ITC, ITM and LM (paper, section 3.2); shared work is done once.
 
 An image goes through its tower once a step, and the cross-attention's keys and values are computed
 once an image for all the texts that are matched with it or written for it.
@@ -118,7 +118,7 @@ class Contrast:
         step: int,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """The ITC loss of a step; the order is the released code's: momentum update, features, loss, queue."""
+        """The ITC loss of a step: momentum update, momentum features, loss, then the queue."""
         images = losses.gather_with_gradient(embedded.images)
         texts = losses.gather_with_gradient(embedded.texts)
         with torch.no_grad():
@@ -255,9 +255,7 @@ def itm_objective(
         weights[:count] = weight
         counted = weights.sum()
     labels = labels.to(device)
-    loss = losses.itm_loss(
-        logits, labels, weights, denominator=losses.mean_across_ranks(counted)
-    )
+    loss = losses.itm_loss(logits, labels, weights, denominator=losses.mean_across_ranks(counted))
     return loss, (logits.detach().argmax(1) == labels).float().mean()
 
 
@@ -296,7 +294,9 @@ def lm_objective(
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="dec")
     prompt_length = 1
     if prompt:
-        prompt_length = int(tokenize(tokenizer, [prompt], max_tokens, first_token="dec")[1].sum()) - 1
+        prompt_length = (
+            int(tokenize(tokenizer, [prompt], max_tokens, first_token="dec")[1].sum()) - 1
+        )
     # the first label is [DEC] itself, which the shift leaves out; so an empty prompt masks one
     labels = losses.lm_labels(ids, mask, prompt_length)
     device = cross[0][0].device
@@ -309,13 +309,17 @@ def lm_objective(
     if whole is not None:
         together = [f"{prompt} {caption}".strip() for caption in whole]
         lengths = tokenize(tokenizer, together, max_tokens, first_token="dec")[1].sum(1)
-        tokens = (lengths - prompt_length).clamp(min=0).sum().to(device) * (len(captions) / len(whole))
+        tokens = (lengths - prompt_length).clamp(min=0).sum().to(device) * (
+            len(captions) / len(whole)
+        )
     return losses.lm_loss(
         logits, labels, label_smoothing, weight, denominator=losses.mean_across_ranks(tokens)
     )
 
 
-def vocabulary_in_use(tokenizer: PreTrainedTokenizerBase, captions: list[str], prompt: str) -> Tensor:
+def vocabulary_in_use(
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], prompt: str
+) -> Tensor:
     """The sorted ids of the tokens that these texts are made of, with the ending `[SEP]`.
 
     The LM head over them alone costs a tenth of the whole; on a set that is small against the

@@ -18,7 +18,12 @@ from capfilt.training.warmup import warm_up_heads
 
 
 def pretrain(
-    run: RunDir, config: Config, folder: Path, fingerprint: str, device: str, progress: Progress | None
+    run: RunDir,
+    config: Config,
+    folder: Path,
+    fingerprint: str,
+    device: str,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Pretrains a MED on the pairs of `images/` and saves it.
 
@@ -51,7 +56,9 @@ def pretrain(
         seed=config.seed,
         use_features=model_folder.uses_features(config.model, settings.freeze_image),
     )
-    vocabulary = objectives.vocabulary_in_use(tokenizer, inventory.all_captions(), config.captioner.prompt)
+    vocabulary = objectives.vocabulary_in_use(
+        tokenizer, inventory.all_captions(), config.captioner.prompt
+    )
     per_epoch = max(1, len(inventory) // settings.batch_size)
     steps = max(1, round(settings.epochs * per_epoch))
     weights: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Word-swap negatives: a text with one word exchanged for a related one ("a red dog", "a black dog").
+"""Word-swap negatives: a text with one word exchanged for a related one (a red dog, a black dog).
 
 They teach ITM that a single wrong word is a mismatch. Related words are neighbours in the text
 tower's own word embeddings, so no word list of any language is needed.
@@ -27,7 +27,9 @@ class WordSwaps:
     neighbours: dict[str, list[str]]
 
     @classmethod
-    def learn(cls, model: MED, tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> "WordSwaps":
+    def learn(
+        cls, model: MED, tokenizer: PreTrainedTokenizerBase, captions: list[str]
+    ) -> "WordSwaps":
         """Finds each word's neighbours among the words of the captions.
 
         Args:
@@ -36,7 +38,11 @@ class WordSwaps:
             captions: cleaned texts.
         """
         counts = Counter(word for caption in captions for word in caption.split())
-        common = {word for word, _ in counts.most_common(FUNCTION_WORDS)} if len(captions) > 500 else set()
+        common = (
+            {word for word, _ in counts.most_common(FUNCTION_WORDS)}
+            if len(captions) > 500
+            else set()
+        )
         vocabulary = tokenizer.get_vocab()
         words = [
             word
@@ -47,7 +53,9 @@ class WordSwaps:
             return cls({})
         table = model.encoder.embeddings.word.weight.detach().float().cpu()
         vectors = F.normalize(table[[vocabulary[word] for word in words]], dim=-1)
-        near = (vectors @ vectors.T).fill_diagonal_(-1).topk(min(NEIGHBOURS, len(words) - 1)).indices
+        near = (
+            (vectors @ vectors.T).fill_diagonal_(-1).topk(min(NEIGHBOURS, len(words) - 1)).indices
+        )
         neighbours = {}
         for word, row in zip(words, near.tolist(), strict=True):
             # another form of the same word ("dog", "dogs") is no mismatch
@@ -68,5 +76,3 @@ class WordSwaps:
             return None
         words[place] = choices[int(rng.integers(len(choices)))]
         return " ".join(words)
-
-

@@ -1,9 +1,9 @@
 """A cheap start of ITC: the two projection heads on frozen towers, before anything else is trained.
 
 The pooled output of both towers is worked out once; a step is then two small MLPs and takes
-milliseconds. It happens twice: on the human pairs alone, which tells how much each web pair deserves
-to be believed, and on all pairs weighted by that. Not in the paper, which had 14 million pairs and
-needed no head start.
+milliseconds. It happens twice: on the human pairs alone, which tells how much each web pair
+deserves to be believed, and on all pairs weighted by that. Not in the paper, which had 14 million
+pairs and needed no head start.
 
 Dimensions: N pictures, M distinct texts, B batch, E ITC embedding.
 """
@@ -50,9 +50,7 @@ class Pooled:
 
 
 @torch.inference_mode()
-def pool_pairs(
-    model: MED, tokenizer: Any, stream: Stream, max_tokens: int, device: str
-) -> Pooled:
+def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, device: str) -> Pooled:
     """Runs both towers once over everything.
 
     Args:
@@ -75,7 +73,9 @@ def pool_pairs(
             features = model.encode_image(batch.pixels.to(device))
         images.append(model.pool_image(features.to(device)))
     captions = [texts for shard in stream.inventory.captions.values() for texts in shard]
-    distinct = {text: row for row, text in enumerate(sorted({t for own in captions for t in own}, key=len))}
+    distinct = {
+        text: row for row, text in enumerate(sorted({t for own in captions for t in own}, key=len))
+    }
     texts = []
     listed = list(distinct)
     for start in range(0, len(listed), TEXTS_AT_A_TIME):
@@ -117,8 +117,8 @@ def warm_up_heads(
         progress: told after each step.
 
     Returns:
-        Key to weight (0..1) of the web pictures: the share of web pairs that the human-trained heads
-        find less similar. A human pair weighs 1 and isn't listed.
+        Key to weight (0..1) of the web pictures, see `weigh`. A human pair weighs 1 and isn't
+        listed.
     """
     reset_heads(model, config.dropout)
     pooled = pool_pairs(model, tokenizer, stream, max_tokens, device)
@@ -137,7 +137,9 @@ def warm_up_heads(
                 parameter.copy_(value)
         given = np.array([weights.get(key, 1.0) for key in pooled.keys], np.float32)
         fit = _Fit(model, pooled, config, seed + 1)
-        fit.run(everything, given, config.weighted_steps, lambda n: progress(config.steps + n, total))
+        fit.run(
+            everything, given, config.weighted_steps, lambda n: progress(config.steps + n, total)
+        )
     else:
         _Fit(model, pooled, config, seed).run(
             everything, None, config.steps, lambda n: progress(n, config.steps)
@@ -155,22 +157,28 @@ def warm_up_heads(
 
 @torch.inference_mode()
 def weigh(model: MED, pooled: Pooled, web: np.ndarray) -> dict[str, float]:
-    """Ranks web pictures by the similarity of their best text; the least similar weighs 0."""
+    """Weighs web pictures by the rank of the similarity with their best text.
+
+    The least similar quarter weighs 0, the most similar quarter 1, between them it rises evenly.
+    """
     model.eval()
     images = model.project_image(pooled.images[torch.from_numpy(web)])
     texts = model.project_text(pooled.texts)
     sims = np.array(
-        [float((texts[pooled.owned[row]] @ image).max()) for row, image in zip(web, images, strict=True)]
+        [
+            float((texts[pooled.owned[row]] @ image).max())
+            for row, image in zip(web, images, strict=True)
+        ]
     )
     ranks = np.argsort(np.argsort(sims, kind="stable"), kind="stable")
     return {
-        pooled.keys[row]: round(float(rank) / max(1, len(web) - 1), 4)
+        pooled.keys[row]: round(min(1.0, max(0.0, 2 * float(rank) / max(1, len(web) - 1) - 0.5)), 4)
         for row, rank in zip(web, ranks, strict=True)
     }
 
 
 def reset_heads(model: MED, dropout: float) -> None:
-    """Gives both heads and the temperature a fresh start; `dropout` is the image head's from now on."""
+    """Gives both heads and the temperature a fresh start; `dropout` is then the image head's."""
     with torch.no_grad():
         for head in (model.vision_proj, model.text_proj):
             linear = [part for part in head.modules() if isinstance(part, nn.Linear)]

@@ -49,7 +49,9 @@ def made_up(count: int = 600, seed: int = 1) -> cal.Examples:
     random = np.random.default_rng(seed)
     parts = [(kind, drawn(count, kind, random)) for kind in ("match", "random", "near", "swap")]
     kinds = np.array([kind for kind, _ in parts for _ in range(count)], object)
-    images = np.array([f"{kind in ('match', 'swap')}{i // 3}" for kind, _ in parts for i in range(count)], object)
+    images = np.array(
+        [f"{kind in ('match', 'swap')}{i // 3}" for kind, _ in parts for i in range(count)], object
+    )
     return cal.Examples(
         np.concatenate([each[0] for _, each in parts]), np.concatenate([each[1] for _, each in parts]),
         kinds == "match", images, kinds,
@@ -65,7 +67,9 @@ def reviewed(pool: cal.Pool, match: np.ndarray, rows: np.ndarray) -> cal.Example
 
 def fit(examples: cal.Examples, pool: cal.Pool, target: float = 0.95, **options) -> cal.Calibration:
     options.setdefault("resamples", 0)
-    return cal.calibrate({"web": examples}, {"web": pool}, target=target, matcher=MATCHER, **options)
+    return cal.calibrate(
+        {"web": examples}, {"web": pool}, target=target, matcher=MATCHER, **options
+    )
 
 
 @pytest.mark.parametrize("share", [0.25, 0.45, 0.8])
@@ -117,7 +121,9 @@ def test_the_interval_holds_the_truth_and_halving_it_is_told():
 def test_an_image_is_never_on_both_sides_of_a_split():
     images = made_up().image
     folds = cal.fold_of(images, 0)
-    assert len({(image, fold) for image, fold in zip(images, folds, strict=True)}) == len(set(images))
+    assert len({(image, fold) for image, fold in zip(images, folds, strict=True)}) == len(
+        set(images)
+    )
     assert np.bincount(folds).min() > 0
 
 
@@ -233,18 +239,29 @@ def scored_run(folder: Path, count: int = 400) -> tuple[RunDir, dict[str, bool]]
 def config_of(folder: Path, **extra):
     from capfilt.config import Config
 
-    values = {"run_dir": str(folder), "human": {"pairs": "h.jsonl"}, "web": {"pairs": "w.jsonl"}, "pretrain": None}
+    values = {
+        "run_dir": str(folder),
+        "human": {"pairs": "h.jsonl"},
+        "web": {"pairs": "w.jsonl"},
+        "pretrain": None,
+    }
     return Config.model_validate({**values, **extra})
 
 
-def review(folder: Path, truth: dict[str, bool], count: int, matcher: str = MATCHER, **more) -> None:
+def review(
+    folder: Path, truth: dict[str, bool], count: int, matcher: str = MATCHER, **more
+) -> None:
     store = LabelStore(folder)
     lines = []
-    for number, (pair_id, match) in enumerate(sorted(truth.items(), key=lambda each: hash_of(each[0]))):
+    for number, (pair_id, match) in enumerate(
+        sorted(truth.items(), key=lambda each: hash_of(each[0]))
+    ):
         if number >= count:
             break
         verdict = more.get("verdict") or ("right" if match else "wrong")
-        lines.append(Label(pair_id, None, verdict, "ann", "2025-01-31T12:00:00Z", matcher=matcher).line())
+        lines.append(
+            Label(pair_id, None, verdict, "ann", "2025-01-31T12:00:00Z", matcher=matcher).line()
+        )
     store.import_lines("\n".join(lines))
 
 
@@ -309,7 +326,9 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path: Path):
     assert "a calibration needs both" in message("one")
     assert "too few" in message("empty")
     with pytest.raises(UsageError):
-        driver.run_calibration(config, target=0.9)  # no labels, nothing held out, not even human pairs
+        driver.run_calibration(
+            config, target=0.9
+        )  # no labels, nothing held out, not even human pairs
     with pytest.raises(InputError, match="capfilt score"):
         driver.run_calibration(config_of(tmp_path / "nothing"), target=0.9)
 
@@ -342,7 +361,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_folder.save(model, tokenizer, folder / "models" / "matcher", vocabulary=None)
     stage = ScoreStage(Score(), folder / "models" / "matcher", False, "web")
     shard = Shard(run, "web-00000")
-    run_shard(stage.open("cpu"), stage, shard, identify(stage, run, shard.name, identify_shared(stage, run)))
+    run_shard(
+        stage.open("cpu"),
+        stage,
+        shard,
+        identify(stage, run, shard.name, identify_shared(stage, run)),
+    )
     return folder
 
 
@@ -354,7 +378,18 @@ def write_pictures(run: RunDir, sizes: dict[str, int]) -> None:
 
     from capfilt.schema import CAPTIONS, IMAGES
 
-    colours = ("red", "green", "blue", "white", "black", "yellow", "pink", "brown", "orange", "gray")
+    colours = (
+        "red",
+        "green",
+        "blue",
+        "white",
+        "black",
+        "yellow",
+        "pink",
+        "brown",
+        "orange",
+        "gray",
+    )
     things = ("dog", "house", "tree", "boat", "ball", "horse", "chair")
     for name, size in sizes.items():
         source = name.partition("-")[0]
@@ -368,10 +403,19 @@ def write_pictures(run: RunDir, sizes: dict[str, int]) -> None:
                          "captions": [text], "sha256": hashlib.sha256(data).hexdigest(), "width": 24 + row, "height": 30})  # fmt: skip
             captions.append({"pair_id": f"{key}/synthetic0", "key": key, "source": "synthetic", "caption": f"{text} there",
                              "logprob": -1.0})  # fmt: skip
-        tables = [("images", IMAGES, rows)] + ([("captions", CAPTIONS, captions)] if source == "web" else [])
+        tables = [("images", IMAGES, rows)] + (
+            [("captions", CAPTIONS, captions)] if source == "web" else []
+        )
         for table, schema, listed in tables:
             run.write_table(run.table(table, name), pa.Table.from_pylist(listed, schema))
-            manifest.sign(run, run.manifest(table, name), Identity(table, 1, {}), rows=size, counts={}, seconds=0.0)
+            manifest.sign(
+                run,
+                run.manifest(table, name),
+                Identity(table, 1, {}),
+                rows=size,
+                counts={},
+                seconds=0.0,
+            )
 
 
 def test_pairs_are_made_up_where_there_are_no_labels(tiny_run: Path, tmp_path: Path):

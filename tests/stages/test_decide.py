@@ -188,7 +188,9 @@ def test_the_books_balance_and_the_top_fraction_is_exact(
 
     config["synthetic_only_where_web_dropped"] = only
     last = {k: v for name in shards for k, v in reasons(run, name, **config).items()}
-    kept_web = {rows[k]["key"] for k, v in last.items() if v == "kept" and rows[k]["source"] == "web"}
+    kept_web = {
+        rows[k]["key"] for k, v in last.items() if v == "kept" and rows[k]["source"] == "web"
+    }
     for pair_id, reason in last.items():
         same_picture = rows[pair_id]["key"] in kept_web and rows[pair_id]["source"] == "synthetic"
         if only and same_picture:
@@ -266,7 +268,9 @@ def test_reads_and_identity_follow_the_options(tmp_path):
     assert FilterStage(Filter(), run).reads == ("scores",)
     assert FilterStage(Filter(expression="width > 3"), run).reads == ("scores", "images")
     assert FilterStage(Filter(drop_duplicates=False), run).reads_all == ()
-    assert FilterStage(Filter(drop_duplicates=False, top_fraction=0.5), run).reads_all == ("scores",)
+    assert FilterStage(Filter(drop_duplicates=False, top_fraction=0.5), run).reads_all == (
+        "scores",
+    )
     with pytest.raises(InputError, match="capfilt calibrate"):
         FilterStage(Filter(calibration=str(tmp_path / "none.json")), run).weights()
 
@@ -276,7 +280,8 @@ def test_calibration_gives_thresholds_a_source(tmp_path):
     web = SourceCalibration(0.4, 0.5, (-2.0, 2.0), (0.0, 1.0))  # an ITM probability of 0.599
     synthetic = SourceCalibration(-1.4, 0.9, (-2.0, 2.0), (0.5, 1.0))  # 0.198
     write_calibration(
-        path, Calibration("m" * 64, "itm", (1.0, 0.0), 0.95, {"web": web, "synthetic": synthetic}, {})
+        path,
+        Calibration("m" * 64, "itm", (1.0, 0.0), 0.95, {"web": web, "synthetic": synthetic}, {}),
     )
     rows = [
         row(K[0], "text0", 0.59), row(K[1], "text0", 0.61), row(K[2], "synthetic0", 0.3),

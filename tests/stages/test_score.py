@@ -39,7 +39,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Three pictures and one that failed; an empty text; a synthetic text each."""
     found = RunDir(str(tmp_path_factory.mktemp("run")))
     images, captions = [], []
-    for key, colour, text in zip(KEYS, ("red", "blue", "green", None), ("a dog", "", "a cat runs", "lost"), strict=True):
+    for key, colour, text in zip(
+        KEYS, ("red", "blue", "green", None), ("a dog", "", "a cat runs", "lost"), strict=True
+    ):
         data = png(colour) if colour else None
         images.append({**dict.fromkeys(IMAGES.names), "key": key, "source": "web", "status": "success", "captions": [text],
                        "image": data, "sha256": hashlib.sha256(data).hexdigest() if data else None,
@@ -49,7 +51,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
                              "logprob": -1.0})  # fmt: skip
     for table, schema, rows in (("images", IMAGES, images), ("captions", CAPTIONS, captions)):
         found.write_table(found.table(table, "web-00000"), pa.Table.from_pylist(rows, schema))
-        manifest.sign(found, found.manifest(table, "web-00000"), Identity(table, 1, {}), rows=4, counts={}, seconds=0.0)
+        manifest.sign(
+            found,
+            found.manifest(table, "web-00000"),
+            Identity(table, 1, {}),
+            rows=4,
+            counts={},
+            seconds=0.0,
+        )
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     model = MED(
@@ -69,7 +78,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 def do(run: RunDir, stage: EmbedStage | ScoreStage) -> pa.Table:
     shared = identify_shared(stage, run)
-    run_shard(stage.open("cpu"), stage, Shard(run, "web-00000"), identify(stage, run, "web-00000", shared))
+    run_shard(
+        stage.open("cpu"), stage, Shard(run, "web-00000"), identify(stage, run, "web-00000", shared)
+    )
     return Shard(run, "web-00000").read(stage.table)
 
 
@@ -86,12 +97,17 @@ def test_embeddings_agree_with_the_scores_and_with_queries(run: RunDir) -> None:
     scores = do(run, ScoreStage(Score(), folder, False, "web")).to_pylist()
     for row in scores:
         if row["error"] is None:
-            assert row["itc_sim"] == pytest.approx(float(vectors[row["key"]] @ vectors[row["pair_id"]]), abs=5e-3)
+            assert row["itc_sim"] == pytest.approx(
+                float(vectors[row["key"]] @ vectors[row["pair_id"]]), abs=5e-3
+            )
 
     embeddings, embedder = open_embeddings(run), open_embedder(run)
     assert embeddings is not None and embedder is not None
     assert embeddings.top(embedder.text("A cat runs!"), "text", 1)[0][0] == f"{KEYS[2]}/text0"
-    assert embeddings.top(embedder.picture(png("blue")), "image", 1)[0] == (KEYS[1], pytest.approx(1, abs=2e-3))
+    assert embeddings.top(embedder.picture(png("blue")), "image", 1)[0] == (
+        KEYS[1],
+        pytest.approx(1, abs=2e-3),
+    )
     with pytest.raises(InputError, match="no word"):
         embedder.text(" ")
     with pytest.raises(InputError):

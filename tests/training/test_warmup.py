@@ -1,0 +1,123 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from small_run import TINY, write_run
+
+from capfilt.config import HeadWarmup
+from capfilt.models.med import MED
+from capfilt.models.tokens import load_tokenizer
+from capfilt.schema import FEATURES
+from capfilt.shards import Shard
+from capfilt.training import warmup
+from capfilt.training.data import Stream, take_inventory
+
+LITE = dataclasses.replace(
+    TINY,
+    image_tower="efficientnet_lite",
+    image_size_px=64,
+    text_pool="mean",
+    image_pool="mean_max",
+    projection_hidden=32,
+    embed_dim=32,
+    text_residual=True,
+    itc_token=True,
+    itm_from_itc=True,
+)
+SETTINGS = HeadWarmup(steps=120, weighted_steps=60, batch_size=32, lr=3e-3, dropout=0.2)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path):
+    """Human pairs that fit and web pairs of which every other has its neighbour's features."""
+    run = write_run(tmp_path, {"human-00000": 60, "web-00000": 40})
+    words = {}
+    rng = np.random.default_rng(0)
+    wrong = set()
+    for name in ("human-00000", "web-00000"):
+        table = Shard(run, name).read("images", ["key", "captions"])
+        rows = []
+        for row, (key, captions) in enumerate(zip(*table.to_pydict().values(), strict=True)):
+            text = captions[0].split(" near")[0]
+            if name.startswith("web") and row % 4 == 3:
+                wrong.add(key)
+                text = f"nothing of this {row}"
+            base = words.setdefault(text, rng.random((1, 1280)))
+            cells = base + 0.05 * rng.random((4, 1280))
+            rows.append({"key": key, "tokens": cells.astype(np.float16).tobytes()})
+        run.write_table(run.table("features", name), pa.Table.from_pylist(rows, schema=FEATURES))
+    torch.manual_seed(0)
+    model = MED(LITE)
+    inventory = take_inventory(run, ("web", "human"))
+    stream = Stream(
+        run, inventory, model.config, batch_size=16, seed=0, use_features=True, train=False
+    )
+    return model, load_tokenizer(), stream, wrong
+
+
+def test_web_pairs_that_do_not_fit_weigh_less(prepared, tmp_path: Path) -> None:
+    model, tokenizer, stream, wrong = prepared
+    seen = []
+    weights = warmup.warm_up_heads(
+        model,
+        tokenizer,
+        stream,
+        SETTINGS,
+        max_tokens=16,
+        seed=0,
+        device="cpu",
+        folder=tmp_path / "model",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert set(weights) == {f"web-00000-{row:05d}" for row in range(40)}
+    assert min(weights.values()) == 0.0 and max(weights.values()) == 1.0
+    right = np.mean([weight for key, weight in weights.items() if key not in wrong])
+    assert right > np.mean([weights[key] for key in wrong]) + 0.2
+    assert json.loads((tmp_path / "model" / "web_weights.json").read_text()) == weights
+    assert seen[-1] == (180, 180)
+    # ITM starts from the similarity: more similar is more probable, and its own part is silent
+    assert float(model.itm_sim_scale) > 0
+    assert not model.itm_head.weight.any()
+
+
+def test_the_same_seed_gives_the_same_heads(prepared, tmp_path: Path) -> None:
+    model, tokenizer, stream, _ = prepared
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        weights = warmup.warm_up_heads(
+            model,
+            tokenizer,
+            stream,
+            SETTINGS,
+            max_tokens=16,
+            seed=3,
+            device="cpu",
+            folder=tmp_path / "model",
+            progress=lambda done, total: None,
+        )
+        results.append((weights, model.temp.item()))
+    assert results[0] == results[1]
+
+
+def test_the_towers_are_not_touched(prepared, tmp_path: Path) -> None:
+    model, tokenizer, stream, _ = prepared
+    before = {n: p.clone() for n, p in model.named_parameters() if n.startswith("encoder.")}
+    warmup.warm_up_heads(
+        model,
+        tokenizer,
+        stream,
+        HeadWarmup(steps=3, weighted_steps=3),
+        max_tokens=16,
+        seed=0,
+        device="cpu",
+        folder=tmp_path / "model",
+        progress=lambda done, total: None,
+    )
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name])
