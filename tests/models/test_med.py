@@ -203,16 +203,50 @@ def test_vocab_ids_are_a_slice() -> None:
         )
 
 
-def test_kept_cells_get_their_own_positions() -> None:
-    model = tiny(LITE)
+def test_features_of_another_picture_size_are_refused() -> None:
+    with pytest.raises(InputError, match="image_size_px"):
+        tiny(LITE).adapt(torch.randn(2, 3, 1280))
+
+
+def test_a_smaller_grid_reads_averages_of_cells() -> None:
+    model = tiny(dataclasses.replace(LITE, grid_side=1))
     tokens = torch.randn(2, 4, 1280)
     with torch.no_grad():
-        full = model.adapt(tokens)
+        adapted = model.adapt(tokens)
         torch.testing.assert_close(
-            model.adapt(tokens[:, [0, 3]], torch.tensor([0, 3])), full[:, [0, 3]]
+            adapted, model.adapt(tokens.mean(1, keepdim=True).expand(-1, 4, -1))
         )
-    with pytest.raises(InputError, match="image_size_px"):
-        model.adapt(tokens[:, :3])
+    assert adapted.shape == (2, 1, 32)
+
+
+def test_the_itc_token_stands_before_the_grid_and_carries_no_gradient_to_itc() -> None:
+    config = dataclasses.replace(LITE, itc_token=True, projection_dropout=0.5)
+    model = tiny(config).train()
+    tokens = torch.randn(2, 4, 1280)
+    adapted = model.adapt(tokens)
+    assert adapted.shape == (2, 5, 32)
+    torch.testing.assert_close(adapted, model.adapt(tokens))  # without the head's dropout
+    adapted.sum().backward()
+    assert all(parameter.grad is None for parameter in model.vision_proj.parameters())
+    assert model.vision_proj.training
+
+
+def test_a_residual_text_head_starts_in_the_space_of_the_pooled_text() -> None:
+    torch.manual_seed(0)
+    model = MED(dataclasses.replace(LITE, text_residual=True, embed_dim=32)).eval()
+    pooled = torch.randn(3, 32)
+    with torch.no_grad():
+        embeds = model.project_text(pooled)
+    torch.testing.assert_close(embeds, torch.nn.functional.normalize(pooled, dim=-1))
+
+
+def test_mean_max_pooling_sees_both() -> None:
+    model = tiny(dataclasses.replace(LITE, image_pool="mean_max"))
+    tokens = torch.randn(2, 4, 1280)
+    pooled = model.pool_image(tokens)
+    torch.testing.assert_close(pooled[:, :1280], tokens.mean(1))
+    torch.testing.assert_close(pooled[:, 1280:], tokens.max(1).values)
+    assert model.embed_image(tokens).shape == (2, 16)
 
 
 def test_itm_from_itc_moves_the_match_logit_only() -> None:
