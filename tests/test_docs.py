@@ -26,6 +26,16 @@ TESTED = {
     'pip install -e ".[inspect]"': "made by `make test`",
     'pip install -e ".[test]"': "made by `make test`",
     "pip install capfilt": "as `pip install -e .`",
+    "capfilt inspect runs/quickstart": "inspect/test_browser.py and test_cli.py (it serves until ^C)",
+    "capfilt calibrate pipelines/quickstart.yaml --target precision=0.95": (
+        "evaluation/test_calibration.py (it needs labels)"
+    ),
+    "capfilt run pipelines/quickstart.yaml --set filter.calibration=runs/quickstart/calibration.json": (
+        "stages/test_decide.py (it needs the file that calibrate writes)"
+    ),
+    "capfilt run pipelines/quickstart.yaml --set caption.top_p=0.8 --redo caption": (
+        "test_pipeline.py (the commands after it would have to repeat its --set)"
+    ),
 }
 """Commands of the README that no test runs as they stand, and what stands for each."""
 

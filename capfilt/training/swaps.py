@@ -59,7 +59,7 @@ class WordSwaps:
         neighbours = {}
         for word, row in zip(words, near.tolist(), strict=True):
             # another form of the same word ("dog", "dogs") is no mismatch
-            others = [words[i] for i in row if words[i][:4] != word[:4]]
+            others = [words[i] for i in row if not _same_stem(words[i], word)]
             if others:
                 neighbours[word] = others
         return cls(neighbours)
@@ -76,3 +76,7 @@ class WordSwaps:
             return None
         words[place] = choices[int(rng.integers(len(choices)))]
         return " ".join(words)
+
+
+def _same_stem(one: str, other: str) -> bool:
+    return one[:4] == other[:4] or one.startswith(other) or other.startswith(one)

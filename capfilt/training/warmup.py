@@ -120,6 +120,7 @@ def warm_up_heads(
         Key to weight (0..1) of the web pictures, see `weigh`. A human pair weighs 1 and isn't
         listed.
     """
+    torch.manual_seed(seed)
     reset_heads(model, config.dropout)
     pooled = pool_pairs(model, tokenizer, stream, max_tokens, device)
     web = np.flatnonzero(~pooled.human)

@@ -26,8 +26,8 @@ def test_variants(variant: str, blocks: int, last: int) -> None:
 
 @pytest.mark.parametrize("side", [33, 64, 70])
 def test_feature_map(side: int) -> None:
-    trunk = EfficientNetLite("lite0").eval()
-    pixels = torch.randn(6, 3, side, side)
+    trunk = EfficientNetLite("lite0").eval().double()
+    pixels = torch.randn(6, 3, side, side, dtype=torch.float64)
     with torch.no_grad():
         features = trunk(pixels)
         assert features.shape == (6, 1280, math.ceil(side / 32), math.ceil(side / 32))

@@ -59,7 +59,7 @@ def train_tiny(
         vocabulary=objectives.vocabulary_in_use(tokenizer, inventory.all_captions(), ""),
         settings=settings,
         weights={},
-        first_itm_step=0,
+        lm_only_steps=0,
         easy_steps=4,
         device="cpu",
     )
