@@ -189,9 +189,10 @@ def reset_heads(model: MED, dropout: float) -> None:
             if head is model.text_proj and model.config.text_residual:
                 nn.init.zeros_(linear[-1].weight)
         model.temp.fill_(0.07)
-    places = [part for part in model.vision_proj.modules() if isinstance(part, Dropout)]
-    for share, part in zip((0.5, 1.0), places, strict=True) if places else ():
-        part.probability = share * dropout
+    dropouts = [part for part in model.vision_proj.modules() if isinstance(part, Dropout)]
+    if dropouts:
+        before, between = dropouts
+        before.probability, between.probability = dropout / 2, dropout
 
 
 def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], seed: int) -> None:
