@@ -199,8 +199,8 @@ def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], se
     """Sets ITM's scale and bias of the ITC similarity, by logistic regression.
 
     Positives are the web pairs, by their weight (all pairs where there is no web); negatives are
-    their pictures with another one's text. They weigh as in ITM's batches: two negatives to a
-    positive (paper, section 3.2).
+    their pictures with another one's text, in all as heavy as what the weights don't believe: the
+    scores that come of it are probabilities on the web's own mixture.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -220,7 +220,7 @@ def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], se
     fit = LogisticRegression(C=1e6).fit(
         np.concatenate([right, wrong])[:, None],
         np.repeat([1, 0], [len(right), len(wrong)]),
-        np.concatenate([believed, np.full(len(wrong), 2 * believed.sum() / len(wrong))]),
+        np.concatenate([believed, np.full(len(wrong), max(0.1, 1 - float(believed.mean())))]),
     )
     with torch.no_grad():
         model.itm_sim_scale.fill_(float(fit.coef_[0, 0]))
