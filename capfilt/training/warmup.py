@@ -182,6 +182,9 @@ def reset_heads(model: MED, dropout: float) -> None:
     """Gives both heads and the temperature a fresh start; `dropout` is then the image head's."""
     with torch.no_grad():
         for head in (model.vision_proj, model.text_proj):
+            for part in head.modules():
+                if isinstance(part, nn.LayerNorm):
+                    part.reset_parameters()
             linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
             for part in linear:
                 nn.init.normal_(part.weight, std=0.02)

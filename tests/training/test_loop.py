@@ -48,7 +48,10 @@ def logged(folder: Path) -> list[dict]:
 
 def test_killed_in_the_middle_it_goes_on_with_the_same_losses(run: Path, tmp_path: Path) -> None:
     values = {**FULL, "epochs": 15, "checkpoint_every": 4}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes below: the rounding depends on it
     train_tiny(run, tmp_path / "whole", "a" * 64, values, dropout=True, score=temperature_score)
+    torch.set_num_threads(threads)
     whole = logged(tmp_path / "whole")
     folder = tmp_path / "killed"
     command = [sys.executable, str(SCRIPT), str(run), str(folder), "a" * 64]
