@@ -209,14 +209,55 @@ finetune.command("captioner")(
         "finetune captioner",
     )
 )
-finetune.command("matcher")(
-    _step(
-        "matcher",
-        "Finetune the matcher with ITC + ITM on the human pairs.\n\n"
-        "Writes models/matcher/, the filter of the paper.",
-        "finetune matcher",
-    )
-)
+
+
+@finetune.command("matcher")
+def finetune_matcher(
+    config: ConfigArg,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Learn from the pairs that were reviewed in `capfilt inspect` too: labels/ of the "
+            "run. Short for --set matcher.labels=FOLDER; a matcher that differs only in what it "
+            "learnt from labels is replaced without --redo.",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    redo: RedoOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Finetune the matcher with ITC + ITM on the human pairs.
+
+    Writes models/matcher/, the filter of the paper.
+
+    With --labels it also learns what reviewers found: that a right text fits its picture, and that
+    a wrong one doesn't. It starts where it does without labels, so the same verdicts give the same
+    matcher. Review pairs, finetune the matcher, then score, filter and export again with it:
+
+    \b
+      capfilt inspect runs/quickstart
+      capfilt finetune matcher pipelines/quickstart.yaml --labels runs/quickstart/labels
+      capfilt run pipelines/quickstart.yaml \\
+          --set matcher.labels=runs/quickstart/labels --redo score
+
+    Example: capfilt finetune matcher pipelines/quickstart.yaml --labels runs/quickstart/labels
+    """  # noqa: D301 - click keeps the lines after a backspace as they are
+    given = list(overrides or ())
+    if labels is not None:
+        overrides = [*given, f"matcher.labels={json.dumps(str(labels))}"]
+        from capfilt import pipeline
+
+        redo = redo or pipeline.differs_in_labels_alone(_load(config, overrides))
+    _run(config, overrides, ("matcher",), "matcher" if redo else None, as_json, quiet, verbose)
+    from capfilt.training import ranks
+
+    if labels is not None and not as_json and ranks.is_first():
+        options = [word for one in [*given, f"matcher.labels={labels}"] for word in ("--set", one)]
+        words = ["capfilt", "run", str(config), *options, "--redo", "score"]
+        print(f"go on with  {shlex.join(words)}")
 
 
 @app.command()
@@ -345,10 +386,18 @@ def calibrate(
         raise UsageError(f"--target {target!r}: expected precision=P with P between 0 and 1")
     loaded = _load(config, overrides)
     from capfilt import pipeline
+    from capfilt.calibrate import run_calibration
     from capfilt.inspect.calibration_page import rows_of
 
-    found, path = pipeline.calibrate(
-        loaded, target=wanted, labels=labels, pairs=pairs, out=out, score=score
+    found, path = run_calibration(
+        loaded,
+        target=wanted,
+        labels=labels,
+        pairs=pairs,
+        out=out,
+        score=score,
+        device=lambda: pipeline.device_of(loaded),
+        use_features=pipeline.caches_features(loaded),
     )
     if as_json:
         print(json.dumps({"calibration": str(path), **found.report}, indent=1))

@@ -254,6 +254,25 @@ class Matcher(Optim):
     """Start ITC's heads anew, as in pretraining, and ITM from the similarity that they give."""
     val_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the human pictures held out to pick the checkpoint by mean recall."""
+    labels: str | None = _runtime(
+        None,
+        "Folder of review labels, as `capfilt inspect` writes it: ITM learns from the reviewed "
+        "pairs too, that a right text fits and a wrong one doesn't; null is off. The verdicts' "
+        "digest, not the folder's path, decides the output. Example: "
+        "`labels: runs/quickstart/labels`",
+    )
+    labels_per_step: Positive = 16
+    """Reviewed pairs a step, as many right as wrong ones where there are both; only with `labels`.
+    Example: `labels_per_step: 32`"""
+
+    @model_validator(mode="after")
+    def _labels_need_a_training(self) -> "Matcher":
+        if self.labels is not None and self.checkpoint is not None:
+            raise ValueError(
+                "`labels` needs a training, and with `checkpoint` there is none; write `init` for "
+                "`checkpoint`, or set `labels: null`"
+            )
+        return self
 
 
 class Captioner(Optim):

@@ -6,11 +6,12 @@ Torch is imported only where a model is opened: a run with nothing to do ends at
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from capfilt import manifest
 from capfilt.config import Captioner, Config, Matcher
@@ -21,8 +22,7 @@ from capfilt.shards import RunDir
 from capfilt.stage import Stage, identify, identify_shared
 from capfilt.training import ranks
 
-if TYPE_CHECKING:
-    from capfilt.evaluation.calibration import Calibration
+log = logging.getLogger(__name__)
 
 ORDER = (
     "download",
@@ -278,19 +278,20 @@ def _image_shards(run_dir: RunDir, sources: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _train(
+def _identify_training(
     step: str,
     run_dir: RunDir,
     config: Config,
-    redo: bool,
-    report: Report,
     *,
     sources: tuple[str, ...],
     deciding: dict[str, Any],
     weights: dict[str, str],
-    train: Callable[..., dict[str, Any]],
-) -> StageResult:
-    """Trains a model if its folder isn't signed for the same training yet."""
+) -> Identity:
+    """The identity of a training on the pictures of some sources.
+
+    Raises:
+        InputError: a table that it reads isn't finished.
+    """
     upstream = {}
     tables = ("images", "features") if caches_features(config) else ("images",)
     for table in tables:
@@ -304,8 +305,24 @@ def _train(
                 )
             prints.append(manifest.signature(record))
         upstream[table] = hashlib.sha256(" ".join(prints).encode()).hexdigest()
-    identity = Identity(step, 1, deciding, upstream, weights)
-    path = run_dir.at("models", step, "manifest.json")
+    return Identity(step, 1, deciding, upstream, weights)
+
+
+def _model_manifest(run_dir: RunDir, step: str) -> str:
+    return run_dir.at("models", step, "manifest.json")
+
+
+def _train(
+    identity: Identity,
+    run_dir: RunDir,
+    config: Config,
+    redo: bool,
+    report: Report,
+    train: Callable[..., dict[str, Any]],
+) -> StageResult:
+    """Trains a model if its folder isn't signed for the same training yet."""
+    step = identity.stage
+    path = _model_manifest(run_dir, step)
     result = StageResult(step)
     if manifest.is_done(run_dir, path, identity, stale_is_pending=redo):
         result.skipped = 1
@@ -359,17 +376,15 @@ def _pretrain(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
         "model": manifest.deciding_config(config.model),
         "seed": config.seed,
     }
-    return _train(
+    identity = _identify_training(
         "pretrain",
         run_dir,
         config,
-        redo,
-        report,
         sources=("human", "web"),
         deciding=deciding,
         weights=_start_weights(config),
-        train=train,
     )
+    return _train(identity, run_dir, config, redo, report, train)
 
 
 def _captioner(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
@@ -380,30 +395,115 @@ def _captioner(run_dir: RunDir, config: Config, redo: bool, report: Report) -> S
 
         return finetune_captioner(*arguments)
 
-    return _finetune("captioner", config.captioner, run_dir, config, redo, report, train)
+    identity = _identify_finetuning("captioner", config.captioner, run_dir, config, {})
+    return _train(identity, run_dir, config, redo, report, train)
 
 
 def _matcher(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
+    verdicts = _verdicts(config)
+    identity = _identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
+    path = _model_manifest(run_dir, "matcher")
+    if not verdicts:
+        _check_forgotten_labels(run_dir, path, redo)
+    labelled = None
+    if verdicts and not manifest.is_done(run_dir, path, identity, stale_is_pending=redo):
+        from capfilt.models.folder import uses_features
+        from capfilt.training.labelled import read_labelled
+
+        # labels of another run are an error before the matcher that is there loses its signature
+        cached = uses_features(config.model, config.matcher.freeze_image)
+        labelled = read_labelled(run_dir, verdicts, use_features=cached)
+
     def train(*arguments: Any) -> dict[str, Any]:
         if config.matcher.checkpoint is not None:
             return _take_checkpoint(config.matcher.checkpoint, arguments[2])
         from capfilt.training.matcher import finetune_matcher
 
-        return finetune_matcher(*arguments)
+        return finetune_matcher(*arguments, labelled=labelled)
 
-    return _finetune("matcher", config.matcher, run_dir, config, redo, report, train)
+    return _train(identity, run_dir, config, redo, report, train)
 
 
-def _finetune(
+def _verdicts(config: Config) -> dict[str, bool]:
+    """Whether each reviewed pair is right; empty where `matcher.labels` is off.
+
+    Raises:
+        InputError: the folder holds nothing to learn from.
+    """
+    if config.matcher.labels is None:
+        return {}
+    from capfilt.inspect.labels import read_labels, verdicts_of
+
+    folder = config.matcher.labels
+    labels = read_labels(folder)
+    if not labels:
+        found = "holds no labels" if Path(folder).is_dir() else "is not there"
+        raise InputError(
+            f"matcher.labels: folder {folder!r} {found}; review pairs with `capfilt inspect RUN`, "
+            "which writes them into labels/ of the run folder, and give that one"
+        )
+    verdicts = verdicts_of(labels)
+    if not verdicts:
+        raise InputError(
+            f"matcher.labels: none of the {len(labels)} labels in {folder!r} says that a pair is "
+            "right or wrong (`unsure`, and reviewers who are split, say nothing); review more "
+            "pairs with `capfilt inspect RUN`"
+        )
+    return verdicts
+
+
+def _check_forgotten_labels(run_dir: RunDir, path: str, redo: bool) -> None:
+    """A config without labels must not take the place of a matcher with them unnoticed."""
+    record = manifest.read(run_dir, path)
+    if record is None or "labels" not in record.get("weights", {}):
+        return
+    folder = record["training"]["labels"]["folder"]
+    if redo:
+        log.warning(
+            "the matcher in %s learnt from the labels in %s; the config has no matcher.labels, so "
+            "a matcher without them takes its place",
+            run_dir.path,
+            folder,
+        )
+        return
+    raise MismatchError(
+        f"{path}: this matcher learnt from the labels in {folder!r}, and the config has no "
+        f"matcher.labels; nothing was overwritten. Go on with it by --set matcher.labels={folder} "
+        "(or the same in the YAML), or train one without labels with `capfilt run CONFIG --redo "
+        "matcher`"
+    )
+
+
+def differs_in_labels_alone(config: Config) -> bool:
+    """Whether the run has the config's matcher but for the labels that it learnt from.
+
+    Raises:
+        InputError: the labels, or what the matcher is trained on, are missing.
+    """
+    run_dir = RunDir(config.run_dir)
+    record = manifest.read(run_dir, _model_manifest(run_dir, "matcher"))
+    if record is None:
+        return False
+    verdicts = _verdicts(config)
+    identity = _identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
+    changed = {key for key, _, _ in manifest.differences(record, asdict(identity))}
+    return changed <= {"weights.labels", "matcher.matcher.labels_per_step"}
+
+
+def _identify_finetuning(
     step: str,
     settings: Matcher | Captioner,
     run_dir: RunDir,
     config: Config,
-    redo: bool,
-    report: Report,
-    train: Callable[..., dict[str, Any]],
-) -> StageResult:
-    deciding = {step: manifest.deciding_config(settings), "seed": config.seed}
+    verdicts: dict[str, bool],
+) -> Identity:
+    """The identity of a finetuning; of the reviewed pairs their verdicts decide, which name them.
+
+    A pair's name is the digest of its picture and text, so the tables that hold them need not be
+    part of it.
+    """
+    own = manifest.deciding_config(settings)
+    deciding = {step: own, "seed": config.seed}
     sources: tuple[str, ...] = ("human",)
     if isinstance(settings, Matcher) and (settings.itm.web_negatives or settings.head_warmup):
         sources = ("human", "web")
@@ -422,16 +522,13 @@ def _finetune(
     else:
         deciding["model"] = manifest.deciding_config(config.model)
         weights = _start_weights(config)
-    return _train(
-        step,
-        run_dir,
-        config,
-        redo,
-        report,
-        sources=sources,
-        deciding=deciding,
-        weights=weights,
-        train=train,
+    if verdicts:
+        listed = manifest.canonical_json(verdicts).encode()
+        weights = {**weights, "labels": hashlib.sha256(listed).hexdigest()}
+    elif isinstance(settings, Matcher):
+        del own["labels_per_step"]  # nothing to draw: it decides nothing
+    return _identify_training(
+        step, run_dir, config, sources=sources, deciding=deciding, weights=weights
     )
 
 
@@ -526,30 +623,6 @@ def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     return _run_tables(stage, run_dir, shards, config, redo, report)
 
 
-def calibrate(
-    config: Config,
-    *,
-    target: float,
-    labels: Path | None = None,
-    pairs: Path | None = None,
-    out: Path | None = None,
-    score: str = "auto",
-) -> "tuple[Calibration, Path]":
-    """Calibrates a scored run; see `capfilt.calibrate.run_calibration`."""
-    from capfilt.calibrate import run_calibration
-
-    return run_calibration(
-        config,
-        target=target,
-        labels=labels,
-        pairs=pairs,
-        out=out,
-        score=score,
-        device=lambda: device_of(config),
-        use_features=caches_features(config),
-    )
-
-
 def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.inspect.report import report_identity
 
@@ -631,7 +704,15 @@ def check(config: Config) -> list[str]:
     """
     found: list[str] = []
     problems: list[UsageError] = []
-    for look in (_check_web, _check_human, _check_demo, _check_weights, _check_device, _check_run):
+    for look in (
+        _check_web,
+        _check_human,
+        _check_demo,
+        _check_weights,
+        _check_labels,
+        _check_device,
+        _check_run,
+    ):
         try:
             found += look(config)
         except UsageError as error:
@@ -713,6 +794,14 @@ def _check_weights(config: Config) -> list[str]:
         where = "a name on the model hub; no folder here has it" if "hub" in digests else "is there"
         found.append(f"weights  {key}: {value} ({where})")
     return found
+
+
+def _check_labels(config: Config) -> list[str]:
+    verdicts = _verdicts(config)
+    if not verdicts:
+        return []
+    right = sum(verdicts.values())
+    return [f"labels   {config.matcher.labels}: {right:,} right, {len(verdicts) - right:,} wrong"]
 
 
 def _check_device(config: Config) -> list[str]:

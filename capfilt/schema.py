@@ -4,6 +4,7 @@ Every table is one Parquet file a shard, sorted by its first column. The field m
 where the README's data contract is generated from.
 """
 
+import hashlib
 import json
 
 import pyarrow as pa
@@ -30,6 +31,11 @@ REASONS = {
     "image_too_large": "the area is over `download.max_area_px`",
 }
 """Why a pair is kept or dropped. A decision has exactly one of these."""
+
+
+def pair_uid(sha256: str, caption: str) -> str:
+    """The content address of a pair: sha256 of the picture's digest, a newline and the text."""
+    return hashlib.sha256(f"{sha256}\n{caption}".encode()).hexdigest()
 
 
 def _field(name: str, kind: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:

@@ -95,6 +95,12 @@ def test_a_config_that_is_not_there_names_those_that_are(
         load("latin.yaml")
 
 
+def test_labels_need_a_training(tmp_path: Path) -> None:
+    text = MINIMAL + "matcher:\n  checkpoint: some/model\n  labels: runs/x/labels\n"
+    with pytest.raises(ConfigError, match=r"matcher \(line 6\): `labels` needs a training"):
+        load(write(tmp_path, text))
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     config = load(
@@ -157,12 +163,12 @@ def test_every_field_says_what_it_is() -> None:
 def test_runtime_fields_are_those_that_cannot_change_the_output() -> None:
     assert {path[-1] for path, info in LEAVES if is_runtime(info)} <= {
         "device", "threads", "processes", "batch_size", "tensorboard", "calibration",
-        "store_embeddings",
+        "store_embeddings", "labels",
     }  # fmt: skip
     trained = [path for path, _ in LEAVES if path[0] in ("pretrain", "matcher", "captioner")]
     assert ("pretrain", "batch_size") in trained
     runtime = {path[-1] for path, info in LEAVES if path in trained and is_runtime(info)}
-    assert runtime == {"tensorboard"}
+    assert runtime == {"tensorboard", "labels"}
 
 
 def print_of(section: BaseModel) -> str:

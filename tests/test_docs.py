@@ -33,6 +33,12 @@ TESTED = {
     "capfilt run pipelines/quickstart.yaml --set filter.calibration=runs/quickstart/calibration.json": (
         "stages/test_decide.py (it needs the file that calibrate writes)"
     ),
+    "capfilt finetune matcher pipelines/quickstart.yaml --labels runs/quickstart/labels": (
+        "training/test_labelled.py (it needs labels)"
+    ),
+    "capfilt run pipelines/quickstart.yaml --set matcher.labels=runs/quickstart/labels --redo score": (
+        "training/test_labelled.py (it needs labels)"
+    ),
     "capfilt run pipelines/quickstart.yaml --set caption.top_p=0.8 --redo caption": (
         "test_pipeline.py (the commands after it would have to repeat its --set)"
     ),

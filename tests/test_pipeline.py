@@ -173,6 +173,36 @@ def test_models_wait_for_what_they_read(tiny: Tiny) -> None:
         do(tiny, "matcher")
 
 
+def test_labels_are_part_of_the_matchers_identity_only_where_there_are_some(tiny: Tiny) -> None:
+    """Without labels it is what it was before there were any: no finished matcher is redone."""
+    do(tiny, "ingest")
+    init = tiny.folder / "init"
+    init.mkdir()
+    (init / "model.safetensors").write_bytes(b"weights")
+    tiny.values["model"] = {"preset": "base"}
+
+    def identity(labels_per_step: int, **verdicts: bool) -> Identity:
+        tiny.values["matcher"] = {"init": str(init), "labels_per_step": labels_per_step}
+        config = load(tiny.config)
+        run, settings = RunDir(config.run_dir), config.matcher
+        return pipeline._identify_finetuning("matcher", settings, run, config, verdicts)
+
+    without = identity(16)
+    assert without.fingerprint == identity(3).fingerprint, "it decides nothing without labels"
+    assert not {"labels", "labels_per_step"} & set(without.config["matcher"])
+    assert set(without.weights) == {"model.safetensors"}
+    seen = {without.fingerprint}
+    for found in (
+        identity(16, a=True, b=False),
+        identity(16, a=True, b=True),
+        identity(16, a=True),
+        identity(3, a=True),
+    ):
+        assert found.fingerprint not in seen
+        seen.add(found.fingerprint)
+    assert identity(16, b=False, a=True).fingerprint == identity(16, a=True, b=False).fingerprint
+
+
 def test_status_reads_manifests_only(tiny: Tiny) -> None:
     do(tiny, "ingest")
     path = tiny.run.at("models", "matcher", "manifest.json")

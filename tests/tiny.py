@@ -12,9 +12,8 @@ from PIL import Image
 
 from capfilt import manifest
 from capfilt.manifest import Identity
-from capfilt.schema import SCORES
+from capfilt.schema import SCORES, pair_uid
 from capfilt.shards import RunDir, Shard
-from capfilt.stages.score import pair_uid
 
 COLOURS = ("red", "green", "blue", "gold", "black", "purple", "orange", "brown")
 

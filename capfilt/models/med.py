@@ -641,19 +641,21 @@ class MED(nn.Module):
         tokens = self.vision(pixel_values)
         return tokens if self.config.image_tower == "vit" else tokens.flatten(2).transpose(1, 2)
 
-    def adapt(self, tokens: Tensor) -> Tensor:
+    def adapt(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
         """Make the tower's tokens readable for cross-attention.
 
         Args:
             tokens: `[B, P, Dv]` from `encode_image`, or from a cache of it.
+            known: `[B, E]`, `known_image` of these tokens, where it is worked out already.
 
         Returns:
             `[B, P', D]` for EfficientNet-Lite; the tokens themselves for a ViT.
         """
         if self.adapter is None:
             return tokens
-        embeds = self.known_image(tokens) if self.config.itc_token else None
-        adapted: Tensor = self.adapter(tokens, embeds)
+        if known is None and self.config.itc_token:
+            known = self.known_image(tokens)
+        adapted: Tensor = self.adapter(tokens, known)
         return adapted
 
     def image(self, pixel_values: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ do ends at once.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from capfilt.config import Score
-from capfilt.schema import SCORES
+from capfilt.schema import SCORES, pair_uid
 from capfilt.shards import Shard
 from capfilt.stage import Transform
 
@@ -191,8 +190,3 @@ def score_pairs(
         for place, p, s in zip(chosen, probability.tolist(), similarity.tolist(), strict=True):
             itm[place], itc[place] = p, s
     return itm, itc
-
-
-def pair_uid(sha256: str, caption: str) -> str:
-    """The content address of a pair: sha256 of the picture's digest, a newline and the text."""
-    return hashlib.sha256(f"{sha256}\n{caption}".encode()).hexdigest()

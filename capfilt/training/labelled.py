@@ -1,11 +1,15 @@
-"""Reviewed pairs as further examples of ITM: what people found right or wrong in this very run.
+"""Reviewed pairs as further examples of ITM: what people found right or wrong in a run.
 
 They come beside the human pairs: positives where the text was right, hard negatives where it was
-wrong. Dimensions: N reviewed pairs, K pictures of them, P image tokens, Dv width of the tower.
+wrong. Texts are looked for in `images/` and `captions/`, and not in `scores/`, which the trained
+matcher will replace.
+
+Dimensions: N reviewed pairs, K pictures of them, B pairs drawn, P image tokens, Dv width of the
+tower.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,7 @@ from capfilt.errors import InputError
 from capfilt.models.images import open_rgb, pixels
 from capfilt.models.med import MED
 from capfilt.models.tokens import clean, tokenize
+from capfilt.schema import pair_uid
 from capfilt.shards import RunDir, Shard
 
 log = logging.getLogger(__name__)
@@ -30,69 +35,94 @@ class Labelled:
     """Reviewed pairs.
 
     Attributes:
-        features: image tower's output of the pictures, float16 `[K, P, Dv]`.
+        pictures: K, each as its table has it: encoded, or float16 `[P, Dv]` if `cached`.
+        cached: whether they are the image tower's output.
         rows: the picture of each pair, int64 `[N]`.
         texts: cleaned, N.
         match: int64 `[N]`, 1 for right and 0 for wrong.
     """
 
-    features: Tensor
+    pictures: list[bytes]
+    cached: bool
     rows: Tensor
     texts: list[str]
     match: Tensor
 
 
-@torch.no_grad()
-def read_labelled(
-    run: RunDir, verdicts: Mapping[str, bool], model: MED, *, use_features: bool, device: str
-) -> Labelled:
-    """Finds the reviewed pairs in the run's `scores/`, and their pictures.
+def read_labelled(run: RunDir, verdicts: Mapping[str, bool], *, use_features: bool) -> Labelled:
+    """Finds the reviewed pairs of a run, and their pictures.
 
     Args:
         run: the run that was reviewed.
         verdicts: by a pair's uid or pair id, whether it is right (`labels.verdicts_of`).
-        model: encodes the pictures, once, where there are no cached features.
-        use_features: read `features/`.
-        device: where the model is.
+        use_features: read `features/` instead of the pictures.
 
     Raises:
-        InputError: the run holds none of them.
+        InputError: the run holds none of them, or lacks features.
     """
-    wanted = pa.array(sorted(verdicts), pa.string())
-    found: list[tuple[str, str, bool]] = []
-    features: list[np.ndarray] = []
-    place: dict[str, int] = {}
+    pictures: list[bytes] = []
+    rows: list[int] = []
+    texts: list[str] = []
+    match: list[int] = []
     seen: set[str] = set()
-    for name in run.shards("scores", ("web", "human")):
+    for name in run.shards("images"):
         shard = Shard(run, name)
-        table = shard.read("scores", ["pair_id", "key", "uid", "caption", "error"])
-        here = pc.or_kleene(
-            pc.is_in(table["uid"], value_set=wanted), pc.is_in(table["pair_id"], value_set=wanted)
-        )
-        pairs = []
-        for row in table.filter(pc.and_(here, pc.is_null(table["error"]))).to_pylist():
-            pair = row["uid"] if row["uid"] in verdicts else row["pair_id"]
-            if pair not in seen:
+        place: dict[str, int] = {}
+        for pair_id, uid, key, text in _texts(shard):
+            pair = uid if uid in verdicts else pair_id
+            cleaned = clean(text) if pair in verdicts and pair not in seen else ""
+            if cleaned:
                 seen.add(pair)
-                pairs.append((row["key"], clean(row["caption"]), verdicts[pair]))
-        if pairs:
-            keys = sorted({key for key, _, _ in pairs})
-            place.update({key: len(place) + i for i, key in enumerate(keys)})
-            features.extend(_features(shard, keys, model, use_features, device))
-            found.extend(pairs)
-    if not found:
+                rows.append(place.setdefault(key, len(pictures) + len(place)))
+                texts.append(cleaned)
+                match.append(int(verdicts[pair]))
+        if place:
+            pictures += _pictures(shard, list(place), use_features)
+    if not texts:
         raise InputError(
-            f"none of the {len(verdicts)} reviewed pairs is in {run.at('scores')}; the labels are "
-            "of another run, or this one is not scored"
+            f"none of the {len(verdicts)} reviewed pairs is in {run.path}: the labels are of "
+            "another run, or its pictures and texts have changed since; give labels/ of this run"
         )
     if len(seen) < len(verdicts):
-        log.warning("%d reviewed pairs are not in the run", len(verdicts) - len(seen))
-    return Labelled(
-        torch.from_numpy(np.stack(features)),
-        torch.tensor([place[key] for key, _, _ in found]),
-        [text for _, text, _ in found],
-        torch.tensor([int(match) for _, _, match in found]),
-    )
+        log.warning(
+            "%d of %d reviewed pairs are not in %s and are left out",
+            len(verdicts) - len(seen),
+            len(verdicts),
+            run.path,
+        )
+    return Labelled(pictures, use_features, torch.tensor(rows), texts, torch.tensor(match))
+
+
+def _texts(shard: Shard) -> Iterator[tuple[str, str, str, str]]:
+    """Pair id, uid, key and text of each pair of a shard whose picture can be used."""
+    digests: dict[str, str] = {}
+    columns = ["key", "captions", "reason", "sha256"]
+    for image in shard.read("images", columns).to_pylist():
+        if image["reason"] is None:
+            digests[image["key"]] = image["sha256"]
+            for number, text in enumerate(image["captions"] or ()):
+                uid = pair_uid(image["sha256"], text or "")
+                yield f"{image['key']}/text{number}", uid, image["key"], text or ""
+    if shard.run.exists(shard.run.manifest("captions", shard.name)):
+        for row in shard.read("captions", ["pair_id", "key", "caption"]).to_pylist():
+            if row["key"] in digests:
+                uid = pair_uid(digests[row["key"]], row["caption"])
+                yield row["pair_id"], uid, row["key"], row["caption"]
+
+
+def _pictures(shard: Shard, keys: list[str], use_features: bool) -> list[bytes]:
+    """Some pictures of a shard, in the order of their keys."""
+    name, column = ("features", "tokens") if use_features else ("images", "image")
+    table = shard.read(name, ["key", column])
+    table = table.filter(pc.is_in(table["key"], value_set=pa.array(keys)))
+    found = dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
+    if missing := [key for key in keys if key not in found]:
+        raise InputError(
+            f"{shard.run.table(name, shard.name)} has no features of {len(missing)} reviewed "
+            f"pictures, {missing[0]} for one; delete it and its manifest and run `capfilt features "
+            "CONFIG`"
+        )
+    return [found[key] for key in keys]
 
 
 def labelled_itm(
@@ -111,9 +141,9 @@ def labelled_itm(
         model: in training.
         tokenizer: of its text tower.
         labelled: the pairs.
-        count: how many a step.
+        count: how many a step; at least one of each kind is drawn.
         max_tokens: longest text.
-        generator: source of the draws (CPU).
+        generator: source of the draws (CPU); in the same state on all ranks.
         device: where the model is.
     """
     right, wrong = (torch.nonzero(labelled.match == value)[:, 0] for value in (1, 0))
@@ -123,13 +153,13 @@ def labelled_itm(
         [part[torch.randint(len(part), (share,), generator=generator)] for part in parts]
     )
     texts = [labelled.texts[i] for i in chosen.tolist()]
-    features = labelled.features[labelled.rows[chosen]].to(device, torch.float32)
+    features = _features(model, labelled, labelled.rows[chosen].tolist(), device)
+    known = model.known_image(features)
     first, first_mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
     with torch.no_grad():
-        text_embeds = model.embed_text(first.to(device), first_mask.to(device))
-        similarity = (model.embed_image(features) * text_embeds).sum(-1)
+        similarity = (known * model.embed_text(first.to(device), first_mask.to(device))).sum(-1)
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
-    cross = model.cross_keys_values(model.adapt(features), "encoder")
+    cross = model.cross_keys_values(model.adapt(features, known), "encoder")
     rows = torch.arange(len(texts), device=device)
     logits = model.itm_logits(
         ids.to(device), mask.to(device), cross, image_index=rows, itc_sim=similarity
@@ -137,20 +167,15 @@ def labelled_itm(
     return F.cross_entropy(logits.float(), labelled.match[chosen].to(device))
 
 
-def _features(
-    shard: Shard, keys: list[str], model: MED, use_features: bool, device: str
-) -> list[np.ndarray]:
-    """The image tower's output of some pictures of a shard, `[P, Dv]` each, by key."""
-    column = "tokens" if use_features else "image"
-    table = shard.read("features" if use_features else "images", ["key", column])
-    table = table.filter(pc.is_in(table["key"], value_set=pa.array(keys))).sort_by("key")
-    if use_features:
-        width = model.config.image_width
-        cells = [np.frombuffer(value.as_buffer(), np.float16) for value in table["tokens"]]
-        return [cell.reshape(-1, width) for cell in cells]
-    found = []
-    for value in table["image"]:
-        picture = open_rgb(value.as_py())
-        shown = pixels([picture], model.config.image_size_px, model.config.image_tower).to(device)
-        found.append(model.encode_image(shown)[0].half().cpu().numpy())
-    return found
+def _features(model: MED, labelled: Labelled, rows: list[int], device: str) -> Tensor:
+    """The image tower's output of some pictures, `[B, P, Dv]`; a tower that is trained learns."""
+    pictures = [labelled.pictures[row] for row in rows]
+    if not labelled.cached:
+        config = model.config
+        shown = pixels(
+            [open_rgb(data) for data in pictures], config.image_size_px, config.image_tower
+        )
+        return model.encode_image(shown.to(device))
+    raw = np.stack([np.frombuffer(data, np.float16) for data in pictures])
+    tokens = raw.reshape(len(rows), -1, model.config.image_width)
+    return torch.from_numpy(tokens).to(device, torch.float32)

@@ -15,6 +15,7 @@ from capfilt.models.med import MED
 from capfilt.shards import RunDir
 from capfilt.training import objectives, ranks
 from capfilt.training.data import Batch, Stream, take_inventory
+from capfilt.training.labelled import Labelled, labelled_itm
 from capfilt.training.loop import Progress, train
 from capfilt.training.swaps import WordSwaps
 from capfilt.training.warmup import warm_up_heads
@@ -27,8 +28,22 @@ def finetune_matcher(
     fingerprint: str,
     device: str,
     progress: Progress | None,
+    *,
+    labelled: Labelled | None = None,
 ) -> dict[str, Any]:
-    """Finetunes the matcher on the human pairs and saves it; arguments as in `pretrain`.
+    """Finetunes the matcher on the human pairs and saves it.
+
+    Args:
+        run: this argument and the next five as in `pretrain`.
+        config: of the run.
+        folder: where the model goes.
+        fingerprint: of this training.
+        device: where it runs.
+        progress: told after each step.
+        labelled: reviewed pairs that it learns from too.
+
+    Returns:
+        What the manifest records.
 
     Raises:
         InputError: too few human pairs.
@@ -68,6 +83,7 @@ def finetune_matcher(
         settings=settings,
         swaps=WordSwaps.learn(model, tokenizer, inventory.all_captions()),
         foreign=foreign,
+        labelled=labelled,
         easy_steps=round(settings.itm.easy_epochs * per_epoch),
         device=device,
     )
@@ -90,7 +106,12 @@ def finetune_matcher(
     )
     if ranks.is_first():
         model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
-    return {**result, "pictures": len(inventory), "left_out": dict(inventory.skipped)}
+    found = {**result, "pictures": len(inventory), "left_out": dict(inventory.skipped)}
+    if labelled is not None:
+        right = int(labelled.match.sum())
+        wrong = len(labelled.texts) - right
+        found["labels"] = {"folder": settings.labels, "right": right, "wrong": wrong}
+    return found
 
 
 def matcher_losses(
@@ -104,10 +125,11 @@ def matcher_losses(
     settings: Matcher,
     swaps: WordSwaps,
     foreign: list[str],
+    labelled: Labelled | None,
     easy_steps: int,
     device: str,
 ) -> dict[str, Tensor]:
-    """ITC + ITM of one batch."""
+    """ITC + ITM of one batch, and ITM of some reviewed pairs if there are any."""
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
@@ -126,7 +148,7 @@ def matcher_losses(
                 further.append((row, swapped))
         if foreign and rng.random() < settings.itm.web_negatives:
             further.append((row, foreign[int(rng.integers(len(foreign)))]))
-    adapted = model.adapt(features)
+    adapted = model.adapt(features, embedded.known_images)
     itm, right = objectives.itm_objective(
         model,
         tokenizer,
@@ -140,7 +162,19 @@ def matcher_losses(
         generator=generator,
         further=further,
     )
-    return {"loss": itc + settings.itm_weight * itm, "itc": itc, "itm": itm, "itm_accuracy": right}
+    found = {"itc": itc, "itm": itm, "itm_accuracy": right}
+    if labelled is not None:
+        found["itm_labelled"] = labelled_itm(
+            model,
+            tokenizer,
+            labelled,
+            count=settings.labels_per_step // settings.gradient_accumulation,
+            max_tokens=settings.max_tokens,
+            generator=generator,
+            device=device,
+        )
+        itm = itm + found["itm_labelled"]
+    return {"loss": itc + settings.itm_weight * itm, **found}
 
 
 def _mean_recall(

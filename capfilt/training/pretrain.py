@@ -140,7 +140,7 @@ def pretrain_losses(
         ids, mask = ids.to(device), mask.to(device)
         embedded = objectives.embed(model, features, ids, mask)
         itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step, weight)
-        adapted = model.adapt(features)
+        adapted = model.adapt(features, embedded.known_images)
         cross = model.cross_keys_values(adapted, "encoder")
         since = step - lm_only_steps
         itm, right = objectives.itm_objective(

@@ -226,6 +226,8 @@ def test_the_itc_token_stands_before_the_grid_and_carries_no_gradient_to_itc() -
     adapted = model.adapt(tokens)
     assert adapted.shape == (2, 5, 32)
     torch.testing.assert_close(adapted, model.adapt(tokens))  # without the head's dropout
+    assert torch.equal(adapted, model.adapt(tokens, model.known_image(tokens)))
+    assert not torch.equal(adapted, model.adapt(tokens, -model.known_image(tokens)))
     adapted.sum().backward()
     assert all(parameter.grad is None for parameter in model.vision_proj.parameters())
     assert model.vision_proj.training
