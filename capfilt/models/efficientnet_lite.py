@@ -157,6 +157,18 @@ class EfficientNetLite(nn.Module):
         return F.relu6(self.head(x), inplace=True)
 
 
+class EfficientNetLites(nn.Module):
+    """Several trunks that look at the same pixels: what one overlooks another may see."""
+
+    def __init__(self, variants: list[str]) -> None:
+        super().__init__()
+        self.trunks = nn.ModuleList([EfficientNetLite(variant) for variant in variants])
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """`[B, 3, S, S]` to the feature maps of all trunks, `[B, 1280 * trunks, h, w]`."""
+        return torch.cat([trunk(pixel_values) for trunk in self.trunks], dim=1)
+
+
 def load_imagenet(trunk: EfficientNetLite, state: Mapping[str, Tensor], where: str) -> None:
     """Fill a trunk from an ImageNet state dict, folding the batch norms into the convolutions.
 

@@ -27,9 +27,14 @@ def med_config(config: Model) -> med.MEDConfig:
     """The shape of the MED that a preset names."""
     shape = {"small": med.small, "base": med.base, "large": med.large}[config.preset]()
     if config.preset == "small":
-        side = config.image_size_px or med.VARIANTS[config.lite].image_size_px
+        first = config.lite.split("+")[0]
         return replace(
-            shape, lite_variant=config.lite, image_size_px=side, grid_side=config.grid_side
+            shape,
+            lite_variant=config.lite,
+            image_size_px=config.image_size_px or med.VARIANTS[first].image_size_px,
+            grid_side=config.grid_side,
+            itc_heads=config.itc_heads,
+            embed_dim=shape.embed_dim * config.itc_heads,
         )
     return med.resized(shape, config.image_size_px) if config.image_size_px else shape
 

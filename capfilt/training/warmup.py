@@ -1,9 +1,9 @@
 """A cheap start of ITC: the two projection heads on frozen towers, before anything else is trained.
 
 The pooled output of both towers is worked out once; a step is then two small MLPs and takes
-milliseconds. It happens twice: on the human pairs alone, which tells how much each web pair
-deserves to be believed, and on all pairs weighted by that. Not in the paper, which had 14 million
-pairs and needed no head start.
+milliseconds. It happens at least twice: on the human pairs alone, which tells how much each web
+pair deserves to be believed, and on all pairs weighted by that; each further round weighs anew. Not
+in the paper, which had 14 million pairs and needed no head start.
 
 Dimensions: N pictures, M distinct texts, B batch, E ITC embedding.
 """
@@ -11,8 +11,9 @@ Dimensions: N pictures, M distinct texts, B batch, E ITC embedding.
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +129,21 @@ def warm_up_heads(
     fresh = [p.detach().clone() for p in _head_parameters(model)]
     weights: dict[str, float] = {}
     if len(web):
-        total = config.steps + config.weighted_steps
+        total = config.steps + config.rounds * config.weighted_steps
         fit = _Fit(model, pooled, config, seed)
         fit.run(np.flatnonzero(pooled.human), None, config.steps, lambda n: progress(n, total))
-        weights = weigh(model, pooled, web)
-        # a new start: what the first round learned about human pictures alone is in the weights
-        with torch.no_grad():
-            for parameter, value in zip(_head_parameters(model), fresh, strict=True):
-                parameter.copy_(value)
-        given = np.array([weights.get(key, 1.0) for key in pooled.keys], np.float32)
-        fit = _Fit(model, pooled, config, seed + 1)
-        fit.run(
-            everything, given, config.weighted_steps, lambda n: progress(config.steps + n, total)
-        )
+        for number in range(config.rounds):
+            weights = weigh(model, pooled, web)
+            # a new start: what the round before learned is in the weights
+            with torch.no_grad():
+                for parameter, value in zip(_head_parameters(model), fresh, strict=True):
+                    parameter.copy_(value)
+            given = np.array([weights.get(key, 1.0) for key in pooled.keys], np.float32)
+            fit = _Fit(model, pooled, config, seed + 1 + number)
+            done = config.steps + number * config.weighted_steps
+            fit.run(
+                everything, given, config.weighted_steps, partial(_later, progress, done, total)
+            )
     else:
         _Fit(model, pooled, config, seed).run(
             everything, None, config.steps, lambda n: progress(n, config.steps)
@@ -185,16 +188,18 @@ def reset_heads(model: MED, dropout: float) -> None:
             for part in head.modules():
                 if isinstance(part, nn.LayerNorm):
                     part.reset_parameters()
-            linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
-            for part in linear:
-                nn.init.normal_(part.weight, std=0.02)
-                nn.init.zeros_(part.bias)
+                if isinstance(part, nn.Linear):
+                    nn.init.normal_(part.weight, std=0.02)
+                    nn.init.zeros_(part.bias)
             if head is model.text_proj and model.config.text_residual:
-                nn.init.zeros_(linear[-1].weight)
+                last = [
+                    weight for name, weight in head.named_parameters() if name.endswith("5.weight")
+                ]
+                for weight in last:
+                    nn.init.zeros_(weight)
         model.temp.fill_(0.07)
     dropouts = [part for part in model.vision_proj.modules() if isinstance(part, Dropout)]
-    if dropouts:
-        before, between = dropouts
+    for before, between in zip(dropouts[::2], dropouts[1::2], strict=True):
         before.probability, between.probability = dropout / 2, dropout
 
 
@@ -233,6 +238,10 @@ def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], se
         nn.init.zeros_(model.itm_head.bias)
 
 
+def _later(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
 def _head_parameters(model: MED) -> list[torch.nn.Parameter]:
     return [*model.vision_proj.parameters(), *model.text_proj.parameters(), model.temp]
 
@@ -244,6 +253,11 @@ class _Fit:
         self.model, self.pooled, self.config = model, pooled, config
         self.rng = np.random.default_rng([seed, 7])
         torch.manual_seed(seed)
+
+    def _by_head(self, embeds: Tensor) -> Iterable[Tensor]:
+        """`[N, E]` to one `[N, E / heads]` a head, of length 1."""
+        count = self.model.config.itc_heads
+        return (math.sqrt(count) * part for part in embeds.chunk(count, dim=1))
 
     def run(
         self,
@@ -267,15 +281,20 @@ class _Fit:
             batch, order = order[:size], order[size:]
             own = [pooled.owned[row] for row in batch]
             texts = [texts[int(self.rng.integers(len(texts)))] for texts in own]
-            loss = losses.itc_loss(
-                model.project_image(pooled.images[batch]),
-                model.project_text(pooled.texts[texts]),
-                model.temp,
-                image_ids=torch.tensor(batch, device=pooled.images.device),
-                sample_weight=None
-                if weights is None
-                else torch.from_numpy(weights[batch]).to(pooled.images.device),
+            device = pooled.images.device
+            weight = None if weights is None else torch.from_numpy(weights[batch]).to(device)
+            image_ids = torch.tensor(batch, device=device)
+            # each head learns by itself: together they are better only as far as they differ
+            heads = zip(
+                self._by_head(model.project_image(pooled.images[batch])),
+                self._by_head(model.project_text(pooled.texts[texts])),
+                strict=True,
             )
+            parts = [
+                losses.itc_loss(image, text, model.temp, image_ids=image_ids, sample_weight=weight)
+                for image, text in heads
+            ]
+            loss = torch.stack(parts).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
