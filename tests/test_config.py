@@ -101,6 +101,11 @@ def test_labels_need_a_training(tmp_path: Path) -> None:
         load(write(tmp_path, text))
 
 
+def test_web_pairs_need_weights(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"matcher \(line 6\): `web_pairs` needs `head_warmup`"):
+        load(write(tmp_path, MINIMAL + "matcher:\n  web_pairs: true\n"))
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     config = load(

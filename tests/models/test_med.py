@@ -110,7 +110,8 @@ def test_damaged_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "values", [{"sharing": "half"}, {"image_tower": "cnn"}, {"text_heads": 5}, {"image_size_px": 30},
-               {"vision_heads": 5}, {"image_tower": "efficientnet_lite"}, {"lite_variant": "lite9"}]
+               {"vision_heads": 5}, {"image_tower": "efficientnet_lite"}, {"lite_variant": "lite9"},
+               {"lite_variant": "lite0+lite9"}]
 )  # fmt: skip
 def test_config_refuses(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
@@ -249,6 +250,52 @@ def test_mean_max_pooling_sees_both() -> None:
     torch.testing.assert_close(pooled[:, :1280], tokens.mean(1))
     torch.testing.assert_close(pooled[:, 1280:], tokens.max(1).values)
     assert model.embed_image(tokens).shape == (2, 16)
+
+
+def test_the_similarity_of_several_heads_is_the_mean_of_theirs() -> None:
+    torch.manual_seed(0)
+    several = dataclasses.replace(LITE, itc_heads=3, text_residual=True, embed_dim=96)
+    model = MED(several).eval()
+    tokens, pooled = torch.randn(2, 4, 1280), torch.randn(5, 32)
+    with torch.no_grad():
+        images, texts = model.embed_image(tokens), model.project_text(pooled)
+        assert images.shape == (2, 96) and texts.shape == (5, 96)
+        torch.testing.assert_close(images.norm(dim=-1), torch.ones(2))
+        seen = model.vision_proj(model.pool_image(tokens))
+        own = torch.nn.functional.normalize(pooled, dim=-1)
+        # the residual text head starts at the pooled text, in each head
+        apart = [torch.nn.functional.normalize(seen[:, head], dim=-1) @ own.T for head in range(3)]
+    torch.testing.assert_close(images @ texts.T, torch.stack(apart).mean(0))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"itc_heads": 3},
+        {"itc_heads": 2, "projection_hidden": None},
+        {"itc_heads": 2, "text_residual": True},
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        dataclasses.replace(LITE, **values)  # type: ignore[arg-type]
+
+
+def test_two_lites_stack_their_feature_maps(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MED(dataclasses.replace(LITE, lite_variant="lite0+lite1")).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        tokens = model.encode_image(pixels)
+        first, second = model.vision.trunks
+        assert tokens.shape == (1, 4, 2560) == (1, model.config.image_tokens, model.config.image_width)
+        assert torch.equal(tokens[..., :1280], first(pixels).flatten(2).transpose(1, 2))
+        assert torch.equal(tokens[..., 1280:], second(pixels).flatten(2).transpose(1, 2))
+    med.save(model, tmp_path)
+    again = med.load(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again.embed_image(tokens), model.embed_image(tokens))
+    assert not any(parameter.requires_grad for parameter in model.vision.parameters())
 
 
 def test_itm_from_itc_moves_the_match_logit_only() -> None:

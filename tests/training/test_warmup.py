@@ -120,3 +120,27 @@ def test_the_towers_are_not_touched(prepared, tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if name in before:
             assert torch.equal(parameter, before[name])
+
+
+def test_further_rounds_and_heads(prepared, tmp_path: Path) -> None:
+    _, tokenizer, stream, wrong = prepared
+    torch.manual_seed(0)
+    model = MED(dataclasses.replace(LITE, itc_heads=2, embed_dim=64))
+    seen = []
+    weights = warmup.warm_up_heads(
+        model,
+        tokenizer,
+        stream,
+        SETTINGS.model_copy(update={"rounds": 2}),
+        max_tokens=16,
+        seed=0,
+        device="cpu",
+        folder=tmp_path / "model",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (240, 240) and [done for done, _ in seen] == list(range(1, 241))
+    right = np.mean([weight for key, weight in weights.items() if key not in wrong])
+    assert right > np.mean([weights[key] for key in wrong]) + 0.2
+    # the heads were trained apart: they are not the same
+    first, second = model.vision_proj.heads
+    assert not torch.equal(first[2].weight, second[2].weight)
