@@ -253,6 +253,9 @@ class Matcher(Optim):
     itm: Itm = Itm()
     max_tokens: Positive = 35
     """Longest text, in tokens."""
+    itc_weight: float = Field(1.0, ge=0)
+    """Weight of the ITC loss; 0, with all layers frozen (`freeze_layers`), leaves ITC as
+    `head_warmup` made it."""
     itm_weight: float = Field(1.0, ge=0)
     """Weight of the ITM loss."""
     head_warmup: HeadWarmup | None = None

@@ -184,6 +184,8 @@ BASE: dict[str, Any] = yaml.safe_load(MINIMAL) | {
     "demo": {"serve": "web"},
     "pretrain": {"head_warmup": {}},
     "matcher": {"head_warmup": {}},
+    # said outright: as a default it gives way to other rules
+    "filter": {"itm_threshold": 0.5},
 }
 
 

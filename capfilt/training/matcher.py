@@ -182,7 +182,8 @@ def matcher_losses(
             device=device,
         )
         itm = itm + found["itm_labelled"]
-    return {"loss": itc + settings.itm_weight * itm, **found}
+    loss = settings.itc_weight * itc + settings.itm_weight * itm
+    return {"loss": loss, **found}
 
 
 def _mean_recall(
