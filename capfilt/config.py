@@ -215,6 +215,8 @@ class HeadWarmup(_Section):
     """Peak learning rate."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's."""
+    text_residual_scale: float = Field(1.0, gt=0)
+    """How much MiniLM's own sentence embedding weighs against what the text's head adds to it."""
     dropout: float = Field(0.7, ge=0, lt=1)
     """Of the image's head. High (0.7) for a matcher, which must not learn wrong web texts by heart;
     low (0.2) for a captioner, which gains from remembering."""

@@ -89,6 +89,8 @@ class MEDConfig:
         projection_dropout: of the image's two-layer head, 0..1.
         text_residual: the text's two-layer head is added to the pooled text, so that ITC starts in
             the space of a sentence encoder; needs `embed_dim` equal to `text_width`.
+        text_residual_scale: length that the pooled text is brought to before the head is added: the
+            longer, the less the head can change.
         grid_side: EfficientNet-Lite's feature map is averaged to so many cells a side before
             cross-attention reads it; None reads it as it is.
         itc_token: cross-attention also reads the image's own ITC embedding, as one more token
@@ -124,6 +126,7 @@ class MEDConfig:
     projection_hidden: int | None = None
     projection_dropout: float = 0.1
     text_residual: bool = False
+    text_residual_scale: float = 1.0
     grid_side: int | None = None
     itc_token: bool = False
     itm_from_itc: bool = False
@@ -810,6 +813,7 @@ class MED(nn.Module):
         if self.config.text_residual:
             pooled = F.normalize(pooled.float(), dim=-1)
             projected = self.text_proj(pooled).float()
+            pooled = pooled * self.config.text_residual_scale
             if projected.ndim == 3:
                 pooled = pooled[:, None]
             return self._embedding(pooled + projected)

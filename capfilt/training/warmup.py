@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ def warm_up_heads(
     """
     torch.manual_seed(seed)
     reset_heads(model, config.dropout)
+    model.config = replace(model.config, text_residual_scale=config.text_residual_scale)
     pooled = pool_pairs(model, tokenizer, stream, max_tokens, device)
     web = np.flatnonzero(~pooled.human)
     everything = np.arange(len(pooled.keys))

@@ -243,6 +243,18 @@ def test_a_residual_text_head_starts_in_the_space_of_the_pooled_text() -> None:
     torch.testing.assert_close(embeds, torch.nn.functional.normalize(pooled, dim=-1))
 
 
+def test_a_longer_residual_changes_less() -> None:
+    torch.manual_seed(0)
+    model = MED(dataclasses.replace(LITE, text_residual=True, embed_dim=32)).eval()
+    pooled = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
+    with torch.no_grad():
+        model.text_proj[5].weight.normal_()
+        short = (model.project_text(pooled) * pooled).sum(1)
+        model.config = dataclasses.replace(model.config, text_residual_scale=50.0)
+        long = (model.project_text(pooled) * pooled).sum(1)
+    assert (long > short).all() and (long > 0.9).all()
+
+
 def test_mean_max_pooling_sees_both() -> None:
     model = tiny(dataclasses.replace(LITE, image_pool="mean_max"))
     tokens = torch.randn(2, 4, 1280)
@@ -288,7 +300,9 @@ def test_two_lites_stack_their_feature_maps(tmp_path: Path) -> None:
     with torch.no_grad():
         tokens = model.encode_image(pixels)
         first, second = model.vision.trunks
-        assert tokens.shape == (1, 4, 2560) == (1, model.config.image_tokens, model.config.image_width)
+        assert (
+            tokens.shape == (1, 4, 2560) == (1, model.config.image_tokens, model.config.image_width)
+        )
         assert torch.equal(tokens[..., :1280], first(pixels).flatten(2).transpose(1, 2))
         assert torch.equal(tokens[..., 1280:], second(pixels).flatten(2).transpose(1, 2))
     med.save(model, tmp_path)
