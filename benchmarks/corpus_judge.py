@@ -117,9 +117,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
 
-    export = ds.dataset(arguments.run / "export", format="parquet").to_table(
-        columns=["caption", "source", "sha256"]
-    )
+    files = sorted((arguments.run / "export").glob("*.parquet"))
+    export = ds.dataset(files).to_table(columns=["caption", "source", "sha256"])
     exported = list(zip(*(export[name].to_pylist() for name in export.column_names), strict=True))
     pictures: dict[str, bytes] = {}
     came = []
