@@ -9,13 +9,13 @@ came in, judged in the same way.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset as ds
 import torch
+from flickr8k_quality import read
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +24,8 @@ from capfilt.evaluation.retrieval import recall_at
 from capfilt.models import losses
 from capfilt.models.folder import fresh_model, preset_tokenizer
 from capfilt.models.images import open_rgb, pixels
-from capfilt.models.tokens import clean, tokenize
+from capfilt.models.tokens import clean
+from capfilt.training.warmup import pool_texts
 
 PICTURES = 700
 WIDTH = 384
@@ -99,15 +100,9 @@ class Frozen:
             found.append(self.model.encode_image(pixels(batch, 224, "efficientnet_lite")).mean(1))
         return torch.cat(found).clone()
 
-    @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
         """`[M, 384]`."""
-        found = []
-        for start in range(0, len(texts), 128):
-            ids, mask = tokenize(self.tokenizer, texts[start : start + 128], 35)
-            hidden = self.model.text_hidden(ids, mask)
-            found.append(self.model.pool_text(hidden, mask))
-        return torch.cat(found).clone()
+        return pool_texts(self.model, self.tokenizer, texts, 35, "cpu").clone()
 
 
 def main() -> None:
@@ -133,8 +128,7 @@ def main() -> None:
         "human pairs alone": [(sha, text) for text, source, sha in exported if source == "human"],
         "all as it came": came,
     }
-    val = [json.loads(line) for line in (arguments.data / "val.jsonl").read_text().splitlines()]
-    val = val[:PICTURES]
+    val = read(arguments.data / "val.jsonl")[:PICTURES]
 
     frozen = Frozen()
     image_row = {sha: row for row, sha in enumerate(pictures)}

@@ -12,7 +12,6 @@ know of the web pairs that nobody reviewed.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -25,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from flickr8k_quality import read as read_jsonl
+from quickstart_quality import read
 
 from capfilt import manifest
 from capfilt.config import Score
@@ -38,11 +39,6 @@ from capfilt.stages.score import score_pairs
 CONFIG = "pipelines/flickr8k-small.yaml"
 TEACH = ["matcher.head_warmup=null", "matcher.web_pairs=false", "matcher.epochs=1.5",
          "matcher.labels_per_step=32"]  # fmt: skip
-
-
-def read(run: Path, table: str) -> list[dict]:
-    files = sorted((run / table).glob("web-*.parquet"))
-    return pa.concat_tables([pq.read_table(file) for file in files]).to_pylist()
 
 
 def web_pairs(run: Path, truth: list[dict], shard_size: int) -> list[dict]:
@@ -161,7 +157,7 @@ def teach(arguments: argparse.Namespace, pairs: list[dict]) -> None:
                 changed = [*TEACH, f"matcher.init={start}", f"seed={seed}"]
                 if chosen:
                     labels = Path(folder) / "labels"
-                    review(arguments.run, labels, chosen, "random")
+                    review(arguments.run, labels, chosen, name)
                     changed.append(f"matcher.labels={labels}")
                 options = [word for one in changed for word in ("--set", one)]
                 capfilt(arguments, run, "finetune matcher", *options)
@@ -182,9 +178,8 @@ def main() -> None:
         "--shard-size", type=int, default=1000, help="the run's download.shard_size"
     )
     arguments = parser.parse_args()
-    lines = (arguments.data / "web_truth.jsonl").read_text(encoding="utf-8").splitlines()
-    arguments.truth = [json.loads(line) for line in lines]
-    pairs = web_pairs(arguments.run, arguments.truth, arguments.shard_size)
+    truth = read_jsonl(arguments.data / "web_truth.jsonl")
+    pairs = web_pairs(arguments.run, truth, arguments.shard_size)
     show_auc(pairs, "matcher AUC on the web pairs")
     if arguments.what == "measure":
         show_kept(arguments.run, pairs)

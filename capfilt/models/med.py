@@ -600,6 +600,13 @@ def _itc_head(width: int, config: MEDConfig, dropout: float) -> nn.Module:
     return Heads([_projection(width, config, dropout) for _ in range(config.itc_heads)])
 
 
+def zero_last_layer(head: nn.Module) -> None:
+    """Sets the last matrix of a two-layer ITC head, or of each of several, to zero."""
+    for name, parameter in head.named_parameters():
+        if name.endswith("5.weight"):
+            nn.init.zeros_(parameter)
+
+
 class MED(nn.Module):
     """Multimodal mixture of encoder-decoder (paper, section 3.1).
 
@@ -673,9 +680,7 @@ class MED(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         if config.text_residual:
-            for name, parameter in self.text_proj.named_parameters():
-                if name.endswith("5.weight"):
-                    nn.init.zeros_(parameter)
+            zero_last_layer(self.text_proj)
         if self.adapter is not None and self.adapter.itc is not None:
             # an embedding of length 1 must weigh as much as a cell of the grid
             nn.init.normal_(self.adapter.itc.weight, std=0.3)

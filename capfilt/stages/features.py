@@ -61,7 +61,7 @@ class FeaturesStage:
 
     def weights(self) -> dict[str, Path]:
         """The ImageNet weights of the tower."""
-        return dict(lite_files(self.settings.lite))
+        return lite_files(self.settings.lite)
 
     def open(self, device: str) -> Transform:
         """Loads the tower."""

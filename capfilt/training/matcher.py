@@ -58,7 +58,7 @@ def finetune_matcher(
     make_stream = partial(Stream, run, seed=config.seed, use_features=use_features)
     weights: dict[str, float] = {}
     if settings.head_warmup is not None:
-        everything = take_inventory(run, ("web", "human"))
+        everything = inventory if settings.web_pairs else take_inventory(run, ("web", "human"))
         weights = warm_up_heads(
             model,
             tokenizer,
@@ -134,9 +134,7 @@ def matcher_losses(
     device: str,
 ) -> dict[str, Tensor]:
     """ITC + ITM of one batch, and ITM of some reviewed pairs if there are any."""
-    weight = None
-    if weights:
-        weight = torch.tensor([weights.get(key, 1.0) for key in batch.keys], device=device)
+    weight = objectives.pair_weights(batch, weights, device)
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)

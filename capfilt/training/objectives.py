@@ -6,6 +6,7 @@ once an image for all the texts that are matched with it or written for it.
 Dimensions: B batch (images), N pairs of ITM, L tokens, E ITC embedding, V vocabulary in use.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,13 @@ def image_features(model: MED, batch: Batch, device: str) -> Tensor:
         return batch.features.to(device)
     assert batch.pixels is not None
     return model.encode_image(batch.pixels.to(device))
+
+
+def pair_weights(batch: Batch, weights: Mapping[str, float], device: str) -> Tensor | None:
+    """How much each pair of a batch counts, `[B]`; None when no pair has a weight of its own."""
+    if not weights:
+        return None
+    return torch.tensor([weights.get(key, 1.0) for key in batch.keys], device=device)
 
 
 def augment_features(features: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -122,9 +122,7 @@ def pretrain_losses(
     device: str,
 ) -> dict[str, Tensor]:
     """ITC + ITM + LM of one batch; one pass of the image, five of the text."""
-    weight = None
-    if weights:
-        weight = torch.tensor([weights.get(key, 1.0) for key in batch.keys], device=device)
+    weight = objectives.pair_weights(batch, weights, device)
     features = objectives.image_features(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
-from capfilt.models.med import MED, Dropout
+from capfilt.models.med import MED, Dropout, zero_last_layer
 from capfilt.models.tokens import tokenize
 from capfilt.training import ranks
 from capfilt.training.data import Stream
@@ -77,19 +77,26 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
     distinct = {
         text: row for row, text in enumerate(sorted({t for own in captions for t in own}, key=len))
     }
-    texts = []
-    listed = list(distinct)
-    for start in range(0, len(listed), TEXTS_AT_A_TIME):
-        part = listed[start : start + TEXTS_AT_A_TIME]
-        ids, mask = (x.to(device) for x in tokenize(tokenizer, part, max_tokens))
-        texts.append(model.pool_text(model.text_hidden(ids, mask), mask))
     return Pooled(
         keys,
         np.array(human),
         torch.cat(images).clone(),
-        torch.cat(texts).clone(),
+        pool_texts(model, tokenizer, list(distinct), max_tokens, device).clone(),
         [[distinct[text] for text in own] for own in captions],
     )
+
+
+@torch.inference_mode()
+def pool_texts(
+    model: MED, tokenizer: Any, texts: list[str], max_tokens: int, device: str
+) -> Tensor:
+    """Pooled encoder output `[M, D]` of M texts; sorted by length they cost least."""
+    found = []
+    for start in range(0, len(texts), TEXTS_AT_A_TIME):
+        part = texts[start : start + TEXTS_AT_A_TIME]
+        ids, mask = (x.to(device) for x in tokenize(tokenizer, part, max_tokens))
+        found.append(model.pool_text(model.text_hidden(ids, mask), mask))
+    return torch.cat(found)
 
 
 def warm_up_heads(
@@ -193,11 +200,7 @@ def reset_heads(model: MED, dropout: float) -> None:
                     nn.init.normal_(part.weight, std=0.02)
                     nn.init.zeros_(part.bias)
             if head is model.text_proj and model.config.text_residual:
-                last = [
-                    weight for name, weight in head.named_parameters() if name.endswith("5.weight")
-                ]
-                for weight in last:
-                    nn.init.zeros_(weight)
+                zero_last_layer(head)
         model.temp.fill_(0.07)
     dropouts = [part for part in model.vision_proj.modules() if isinstance(part, Dropout)]
     for before, between in zip(dropouts[::2], dropouts[1::2], strict=True):
