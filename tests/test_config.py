@@ -101,6 +101,20 @@ def test_labels_need_a_training(tmp_path: Path) -> None:
         load(write(tmp_path, text))
 
 
+def test_what_the_head_warmup_finds_needs_it(tmp_path: Path) -> None:
+    small = "model:\n  itm_bank: 10\n"
+    with pytest.raises(ConfigError, match=r"`model\.itm_bank` .* by `pretrain\.head_warmup`"):
+        load(write(tmp_path, MINIMAL + small))
+    with pytest.raises(ConfigError, match=r"by `matcher\.head_warmup`"):
+        load(write(tmp_path, MINIMAL + small + "pretrain: null\n"))
+    load(write(tmp_path, MINIMAL + small + "pretrain:\n  head_warmup: {}\n"))
+    load(write(tmp_path, MINIMAL + small + "pretrain: null\nmatcher:\n  init: some/matcher\n"))
+    with pytest.raises(ConfigError, match="`lite_levels: all` needs `pooled_components`"):
+        load(write(tmp_path, MINIMAL + "model:\n  lite_levels: all\n"))
+    with pytest.raises(ConfigError, match="`itm_bank` is for `preset: small`"):
+        load(write(tmp_path, MINIMAL + small + "  preset: base\n"))
+
+
 def test_web_pairs_need_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"matcher \(line 6\): `web_pairs` needs `head_warmup`"):
         load(write(tmp_path, MINIMAL + "matcher:\n  web_pairs: true\n"))

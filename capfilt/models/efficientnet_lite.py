@@ -4,6 +4,9 @@ The batch norms are folded into the convolutions when the weights are loaded: a 
 runs them with their stored statistics, so a convolution with a bias is the same function and
 faster.
 
+The last feature map knows objects and has forgotten much of colour and texture; with `all_levels`
+the outputs of the seven stages, averaged to the last map's grid, stand beside it.
+
 Dimensions: B batch, S image side in pixels, h = w = ceil(S / 32), C channels.
 """
 
@@ -109,10 +112,21 @@ class MBConv(nn.Module):
         return x + y if self.skip else y
 
 
-class EfficientNetLite(nn.Module):
-    """The trunk: pixels `[B, 3, S, S]` to the last feature map `[B, 1280, h, w]`."""
+def map_channels(variant: str, all_levels: bool = False) -> int:
+    """C, the channels of a trunk's feature map."""
+    if not all_levels:
+        return HEAD_CHANNELS
+    width = VARIANTS[variant].width
+    return HEAD_CHANNELS + sum(_scaled_channels(stage.channels, width) for stage in STAGES)
 
-    def __init__(self, variant: str = "lite0") -> None:
+
+class EfficientNetLite(nn.Module):
+    """The trunk: pixels `[B, 3, S, S]` to the last feature map `[B, C, h, w]`.
+
+    C is 1280, and more with `all_levels` (`map_channels`).
+    """
+
+    def __init__(self, variant: str = "lite0", all_levels: bool = False) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise InputError(
@@ -120,6 +134,8 @@ class EfficientNetLite(nn.Module):
             )
         width, depth, _ = VARIANTS[variant]
         self.variant = variant
+        self.all_levels = all_levels
+        self.stage_ends: list[int] = []
         self.stem = SameConv(3, STEM_CHANNELS, 3, stride=2)
         blocks: list[MBConv] = []
         channels = STEM_CHANNELS
@@ -131,6 +147,7 @@ class EfficientNetLite(nn.Module):
                 stride = stage.stride if i == 0 else 1
                 blocks.append(MBConv(channels, outputs, stage.kernel, stride, stage.expand))
                 channels = outputs
+            self.stage_ends.append(len(blocks) - 1)
         self.blocks = nn.ModuleList(blocks)
         self.head = SameConv(channels, HEAD_CHANNELS, 1)
         for module in self.modules():
@@ -145,27 +162,35 @@ class EfficientNetLite(nn.Module):
             pixel_values: `[B, 3, S, S]`.
 
         Returns:
-            The feature map `[B, 1280, h, w]` after the head's ReLU6 (values 0 to 6).
+            The feature map `[B, C, h, w]`: the head's 1280 channels after its ReLU6 (values 0 to
+            6), then those of the stages with `all_levels`.
         """
         if pixel_values.device.type == "cpu" and len(pixel_values) > CPU_BATCH:
             return torch.cat([self.forward(part) for part in pixel_values.split(CPU_BATCH)])
         # depthwise convolutions on CPU run up to twice as fast in channels-last order
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         x = F.relu6(self.stem(x), inplace=True)
-        for block in self.blocks:
+        levels: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
             x = block(x)
-        return F.relu6(self.head(x), inplace=True)
+            if self.all_levels and number in self.stage_ends:
+                levels.append(x)
+        last = F.relu6(self.head(x), inplace=True)
+        if not levels:
+            return last
+        grid = (int(last.shape[2]), int(last.shape[3]))
+        return torch.cat([last, *(F.adaptive_avg_pool2d(level, grid) for level in levels)], dim=1)
 
 
 class EfficientNetLites(nn.Module):
     """Several trunks that look at the same pixels: what one overlooks another may see."""
 
-    def __init__(self, variants: list[str]) -> None:
+    def __init__(self, variants: list[str], all_levels: bool = False) -> None:
         super().__init__()
-        self.trunks = nn.ModuleList([EfficientNetLite(variant) for variant in variants])
+        self.trunks = nn.ModuleList([EfficientNetLite(variant, all_levels) for variant in variants])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """`[B, 3, S, S]` to the feature maps of all trunks, `[B, 1280 * trunks, h, w]`."""
+        """`[B, 3, S, S]` to the feature maps of all trunks, one behind the other."""
         return torch.cat([trunk(pixel_values) for trunk in self.trunks], dim=1)
 
 

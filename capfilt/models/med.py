@@ -30,11 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from capfilt.errors import ConfigError, InputError
 from capfilt.models.efficientnet_lite import (
-    HEAD_CHANNELS,
     VARIANTS,
     EfficientNetLite,
     EfficientNetLites,
     load_imagenet,
+    map_channels,
 )
 from capfilt.models.vit import ViT
 from capfilt.models.weights import lite_weights, minilm_folder
@@ -66,6 +66,12 @@ class MEDConfig:
         drop_path: stochastic depth of the ViT's last block, 0..1.
         lite_variant: which EfficientNet-Lite; of several, joined by "+", the feature maps are
             stacked.
+        lite_levels: `last` is EfficientNet-Lite's last feature map alone; `all` adds the outputs of
+            its stages. Their channels differ by far in size, so they are standardised by what
+            `set_channel_scale` was told of the training pictures.
+        pooled_components: the pooled image tokens are reduced to so many principal components of
+            the training pictures (`set_components`) before ITC's image head reads them; None
+            leaves them as they are.
         vocab_size: rows of the word embeddings, `[DEC]` and `[ENC]` included.
         text_width: D.
         text_depth: layers of the text encoder and of the decoder.
@@ -95,8 +101,10 @@ class MEDConfig:
             cross-attention reads it; None reads it as it is.
         itc_token: cross-attention also reads the image's own ITC embedding, as one more token
             before the grid: what ITC knows, ITM and LM needn't learn again (not in BLIP).
-        itm_from_itc: add `scale * ITC similarity + bias`, both learned, to ITM's match logit (not
-            in BLIP).
+        itm_from_itc: add what ITC says of the pair to ITM's match logit (not in BLIP), see
+            `ITMStart`.
+        itm_bank: pictures and texts, as many of each, that `ITMStart` compares a pair with; 0
+            leaves only the similarity.
     """
 
     image_tower: str = "vit"
@@ -109,6 +117,8 @@ class MEDConfig:
     vision_layer_norm_eps: float = 1e-6
     drop_path: float = 0.0
     lite_variant: str = "lite0"
+    lite_levels: str = "last"
+    pooled_components: int | None = None
     vocab_size: int = 30524
     text_width: int = 768
     text_depth: int = 12
@@ -130,10 +140,12 @@ class MEDConfig:
     grid_side: int | None = None
     itc_token: bool = False
     itm_from_itc: bool = False
+    itm_bank: int = 0
 
     def __post_init__(self) -> None:
         choices = {
             "image_tower": ("vit", "efficientnet_lite"),
+            "lite_levels": ("last", "all"),
             "sharing": SHARINGS,
             "text_pool": ("first", "mean", "pooler"),
             "image_pool": ("first", "mean", "mean_max", "first_norm"),
@@ -191,7 +203,20 @@ class MEDConfig:
         """Dv, the width of the tokens that `MED.encode_image` returns."""
         if self.image_tower == "vit":
             return self.vision_width
-        return HEAD_CHANNELS * len(self.lite_variants)
+        all_levels = self.lite_levels == "all"
+        return sum(map_channels(variant, all_levels) for variant in self.lite_variants)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of what ITC's image head reads."""
+        if self.pooled_components is not None:
+            return self.pooled_components
+        return self.raw_pooled_width
+
+    @property
+    def raw_pooled_width(self) -> int:
+        """Width of the pooled image tokens, before they are reduced."""
+        return self.image_width * (2 if self.image_pool == "mean_max" else 1)
 
     @property
     def lite_variants(self) -> list[str]:
@@ -607,6 +632,72 @@ def zero_last_layer(head: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
+class ITMStart(nn.Module):
+    """What ITC says of a pair, as a logit that ITM starts from: a logistic regression.
+
+    Besides the similarity of the two it may look at how common each of them is. A plain text ("a
+    man outside") is similar to many pictures, so its similarity with one of them says little; what
+    it has in common with a bank of other pictures is held against it, and in the same way for the
+    picture. And at the text alone: advertisements and file names don't sound like captions.
+
+    Dimensions: N pairs, K pictures and K texts of the bank, E ITC embedding.
+    """
+
+    SHARPNESS = 20.0
+    """Similarities with the bank are averaged by log-mean-exp of so many times their value: the
+    closest neighbours count most."""
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        self.bias = nn.Parameter(torch.tensor(0.0))
+        self.has_bank = config.itm_bank > 0
+        if self.has_bank:
+            self.bank_images = nn.Buffer(torch.zeros(config.itm_bank, config.embed_dim))
+            self.bank_texts = nn.Buffer(torch.zeros(config.itm_bank, config.embed_dim))
+            self.commonness = nn.Parameter(torch.zeros(2))
+            self.style = nn.Linear(config.embed_dim, 1)
+            self.style_scale = nn.Parameter(torch.tensor(0.0))
+
+    def evidence(self, images: Tensor, texts: Tensor) -> Tensor:
+        """What the regression reads.
+
+        Args:
+            images: ITC embeddings `[N, E]`.
+            texts: `[N, E]`, the texts of these pictures.
+
+        Returns:
+            `[N, 4]`: similarity, commonness of the text and of the picture, style of the text (0
+            for a caption, below for what does not sound like one). `[N, 1]` without a bank.
+        """
+        similarity = (images * texts).sum(-1)
+        if not self.has_bank:
+            return similarity[:, None]
+        common = [
+            (torch.logsumexp(self.SHARPNESS * ours @ bank.T, 1) - math.log(len(bank)))
+            / self.SHARPNESS
+            for ours, bank in ((texts, self.bank_images), (images, self.bank_texts))
+        ]
+        style = self.style(texts)[:, 0].clamp(max=0.0)
+        return torch.stack([similarity, *common, style], dim=1)
+
+    def set_weights(self, weights: Tensor, bias: float) -> None:
+        """Sets the regression: `[4]` (or `[1]` without a bank), in the order of `evidence`."""
+        self.scale.copy_(weights[0])
+        self.bias.fill_(bias)
+        if self.has_bank:
+            self.commonness.copy_(weights[1:3])
+            self.style_scale.copy_(weights[3])
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Log-odds of a match, `[N]`, from the ITC embeddings `[N, E]` of pictures and texts."""
+        evidence = self.evidence(images, texts)
+        weights = self.scale[None]
+        if self.has_bank:
+            weights = torch.cat([weights, self.commonness, self.style_scale[None]])
+        return evidence @ weights + self.bias
+
+
 class MED(nn.Module):
     """Multimodal mixture of encoder-decoder (paper, section 3.1).
 
@@ -632,9 +723,11 @@ class MED(nn.Module):
                 drop_path=config.drop_path,
             )
         else:
-            variants = config.lite_variants
+            variants, all_levels = config.lite_variants, config.lite_levels == "all"
             self.vision = (
-                EfficientNetLite(variants[0]) if len(variants) == 1 else EfficientNetLites(variants)
+                EfficientNetLite(variants[0], all_levels)
+                if len(variants) == 1
+                else EfficientNetLites(variants, all_levels)
             ).requires_grad_(False)
             self.adapter = GridAdapter(config.image_width, config)
 
@@ -662,15 +755,20 @@ class MED(nn.Module):
         )
         self.lm_head = LMHead(config)
         self.itm_head = nn.Linear(config.text_width, 2)
-        pooled_width = config.image_width * (2 if config.image_pool == "mean_max" else 1)
-        self.vision_proj = _itc_head(pooled_width, config, config.projection_dropout)
+        if config.lite_levels == "all":
+            self.channel_shift = nn.Buffer(torch.zeros(config.image_width))
+            self.channel_scale = nn.Buffer(torch.ones(config.image_width))
+        if config.pooled_components is not None:
+            components = torch.zeros(config.pooled_components, config.raw_pooled_width)
+            self.components = nn.Buffer(components.fill_diagonal_(1.0))
+            self.components_mean = nn.Buffer(torch.zeros(config.raw_pooled_width))
+        self.vision_proj = _itc_head(config.pooled_width, config, config.projection_dropout)
         self.text_proj = _itc_head(config.text_width, config, config.dropout)
         self.temp = nn.Parameter(torch.tensor(0.07))
         if config.text_pool == "pooler":
             self.text_pooler = nn.Linear(config.text_width, config.text_width)
         if config.itm_from_itc:
-            self.itm_sim_scale = nn.Parameter(torch.tensor(10.0))
-            self.itm_sim_bias = nn.Parameter(torch.tensor(0.0))
+            self.itm_start = ITMStart(config)
 
         for name, module in self.named_modules():
             if name.startswith("vision."):
@@ -714,8 +812,44 @@ class MED(nn.Module):
             return tokens
         if known is None and self.config.itc_token:
             known = self.known_image(tokens)
-        adapted: Tensor = self.adapter(tokens, known)
+        adapted: Tensor = self.adapter(self._standardised(tokens), known)
         return adapted
+
+    def _standardised(self, tokens: Tensor) -> Tensor:
+        if self.config.lite_levels == "last":
+            return tokens
+        return (tokens - self.channel_shift) * self.channel_scale
+
+    def set_channel_scale(self, mean: Tensor, std: Tensor) -> None:
+        """Tells the model how large the tower's channels are, for `lite_levels` = `all`.
+
+        Args:
+            mean: `[Dv]`, over the cells of the training pictures.
+            std: `[Dv]`, the same.
+        """
+        self.channel_shift.copy_(mean)
+        self.channel_scale.copy_(1 / std.clamp(min=1e-3))
+
+    def set_components(self, pooled: Tensor) -> None:
+        """Finds the principal components of pooled image tokens, each standardised.
+
+        Args:
+            pooled: `[N, width]` of the training pictures, from `pool_tokens`. With fewer of them
+                than `pooled_components` the rest of the components are 0.
+        """
+        assert self.config.pooled_components is not None
+        std, mean = torch.std_mean(pooled.float(), dim=0)
+        scale = 1 / std.clamp(min=1e-3)
+        standardised = (pooled.float() - mean) * scale
+        count = min(self.config.pooled_components, *standardised.shape)
+        # randomised: the whole decomposition of some thousand channels would take minutes
+        size = min(count + 16, *standardised.shape)
+        chosen = torch.svd_lowrank(standardised, q=size, niter=4)[2][:, :count].T
+        # a component has no sign of its own: its largest element is made positive
+        largest = chosen.gather(1, chosen.abs().argmax(1, keepdim=True))
+        self.components.zero_()
+        self.components[:count] = chosen * largest.sign() * scale
+        self.components_mean.copy_(mean)
 
     def image(self, pixel_values: Tensor) -> Tensor:
         """`adapt(encode_image(pixel_values))`."""
@@ -742,7 +876,17 @@ class MED(nn.Module):
         return embeds
 
     def pool_image(self, tokens: Tensor) -> Tensor:
-        """What `project_image` reads: `[B, P, Dv]` to `[B, Dv]`, or `[B, 2 Dv]` for `mean_max`."""
+        """What `project_image` reads: `[B, P, Dv]` to `[B, pooled_width]`."""
+        return self.reduce(self.pool_tokens(tokens))
+
+    def reduce(self, pooled: Tensor) -> Tensor:
+        """Pooled tokens `[B, width]` to their principal components, if the model wants them."""
+        if self.config.pooled_components is None:
+            return pooled
+        return F.linear(pooled.float() - self.components_mean, self.components)
+
+    def pool_tokens(self, tokens: Tensor) -> Tensor:
+        """`[B, P, Dv]` to `[B, Dv]`, or `[B, 2 Dv]` for `mean_max`."""
         pool = self.config.image_pool
         if pool == "mean":
             return tokens.mean(1)
@@ -832,7 +976,7 @@ class MED(nn.Module):
         mask: Tensor | None,
         cross_kv: CrossKeysValues,
         image_index: Tensor | None = None,
-        itc_sim: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Does the text match the image?
 
@@ -843,8 +987,7 @@ class MED(nn.Module):
             cross_kv: from `cross_keys_values(..., "encoder")`, of B images.
             image_index: `[N]` int64, the row of `cross_kv` for each text; None when the texts come
                 in image order.
-            itc_sim: `[N]`, cosine similarity of the pair's ITC embeddings; needed with
-                `itm_from_itc`.
+            start: `[N]`, `itm_start` of the pair's ITC embeddings; needed with `itm_from_itc`.
 
         Returns:
             Logits `[N, 2]`; class 1 is a match.
@@ -852,12 +995,12 @@ class MED(nn.Module):
         hidden, _ = self.encoder(input_ids, mask, cross=cross_kv, image_index=image_index)
         logits: Tensor = self.itm_head(hidden[:, 0])
         if self.config.itm_from_itc:
-            if itc_sim is None:
+            if start is None:
                 raise ValueError(
-                    "a model with itm_from_itc needs itc_sim, the ITC similarity of each pair"
+                    "a model with itm_from_itc needs start, which itm_start works out from the "
+                    "ITC embeddings of each pair"
                 )
-            match = self.itm_sim_scale * itc_sim.to(logits.dtype) + self.itm_sim_bias
-            logits = torch.stack([logits[:, 0], logits[:, 1] + match], dim=1)
+            logits = torch.stack([logits[:, 0], logits[:, 1] + start.to(logits.dtype)], dim=1)
         return logits
 
     # image-grounded text decoder (LM)

@@ -36,6 +36,7 @@ class FeaturesConfig(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     lite: str
+    lite_levels: str
     image_size_px: int | None
 
 
@@ -57,7 +58,11 @@ class FeaturesStage:
     @property
     def config(self) -> FeaturesConfig:
         """The tower and its picture size; the rest of the model does not matter here."""
-        return FeaturesConfig(lite=self.settings.lite, image_size_px=self.settings.image_size_px)
+        return FeaturesConfig(
+            lite=self.settings.lite,
+            lite_levels=self.settings.lite_levels,
+            image_size_px=self.settings.image_size_px,
+        )
 
     def weights(self) -> dict[str, Path]:
         """The ImageNet weights of the tower."""

@@ -181,11 +181,13 @@ def score_pairs(
         rows = torch.tensor([owners[i] for i in chosen], device=device)
         ids, mask = tokenize(tokenizer, part, config.max_tokens, first_token="cls")  # type: ignore[arg-type]
         ids, mask = ids.to(device), mask.to(device)
-        similarity = (images[rows] * model.embed_text(ids, mask)).sum(-1)
+        embeds = model.embed_text(ids, mask)
+        similarity = (images[rows] * embeds).sum(-1)
+        itm_start = model.itm_start(images[rows], embeds) if model.config.itm_from_itc else None
         if config.first_token == "enc":
             ids, mask = tokenize(tokenizer, part, config.max_tokens, first_token="enc")  # type: ignore[arg-type]
             ids, mask = ids.to(device), mask.to(device)
-        logits = model.itm_logits(ids, mask, cross, image_index=rows, itc_sim=similarity)
+        logits = model.itm_logits(ids, mask, cross, image_index=rows, start=itm_start)
         probability = logits.float().softmax(-1)[:, 1]
         for place, p, s in zip(chosen, probability.tolist(), similarity.tolist(), strict=True):
             itm[place], itc[place] = p, s

@@ -157,13 +157,12 @@ def labelled_itm(
     known = model.known_image(features)
     first, first_mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
     with torch.no_grad():
-        similarity = (known * model.embed_text(first.to(device), first_mask.to(device))).sum(-1)
+        known_texts = model.embed_text(first.to(device), first_mask.to(device))
+    start = model.itm_start(known, known_texts) if model.config.itm_from_itc else None
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
     cross = model.cross_keys_values(model.adapt(features, known), "encoder")
     rows = torch.arange(len(texts), device=device)
-    logits = model.itm_logits(
-        ids.to(device), mask.to(device), cross, image_index=rows, itc_sim=similarity
-    )
+    logits = model.itm_logits(ids.to(device), mask.to(device), cross, image_index=rows, start=start)
     return F.cross_entropy(logits.float(), labelled.match[chosen].to(device))
 
 

@@ -240,7 +240,9 @@ def itm_objective(
             text_embeds = torch.cat(
                 [text_embeds, model.embed_text(first.to(device), first_mask.to(device))]
             )
-    itc_sim = (images[image_rows] * text_embeds).sum(-1)
+    start_logits = None
+    if model.config.itm_from_itc:
+        start_logits = model.itm_start(images[image_rows], text_embeds)
     image_index = image_rows
     if ranks.world_size() > 1:
         # hard images of other processes: their keys and values are computed from their tokens
@@ -255,7 +257,7 @@ def itm_objective(
         begin = count + int(keep_text.sum())
         hard = slice(begin, begin + int(keep_image.sum()))
         image_index[hard] = torch.arange(count, count + hard.stop - hard.start, device=device)
-    logits = model.itm_logits(ids, mask, cross, image_index=image_index, itc_sim=itc_sim)
+    logits = model.itm_logits(ids, mask, cross, image_index=image_index, start=start_logits)
     weights = None
     counted = torch.tensor(float(len(pairs)), device=device)
     if weight is not None:

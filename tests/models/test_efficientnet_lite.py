@@ -14,6 +14,7 @@ from capfilt.models.efficientnet_lite import (
     MBConv,
     SameConv,
     load_imagenet,
+    map_channels,
 )
 
 
@@ -33,6 +34,25 @@ def test_feature_map(side: int) -> None:
         assert features.shape == (6, 1280, math.ceil(side / 32), math.ceil(side / 32))
         assert features.min() >= 0 and features.max() <= 6
         torch.testing.assert_close(features[5:], trunk(pixels[5:]), atol=1e-5, rtol=1e-4)
+
+
+def test_all_levels_stand_behind_the_last_map() -> None:
+    torch.manual_seed(0)
+    plain, trunk = EfficientNetLite("lite2").eval(), EfficientNetLite("lite2", True).eval()
+    trunk.load_state_dict(plain.state_dict())
+    pixels = torch.randn(1, 3, 64, 64)
+    ends = []
+    for number in (0, 3, 6, 10, 14, 19, 20):  # the last block of each stage
+        plain.blocks[number].register_forward_hook(lambda _, __, out: ends.append(out))
+    with torch.no_grad():
+        features, last = trunk(pixels), plain(pixels)
+    channels = [16, 24, 48, 88, 120, 208, 352]
+    assert [end.shape[1] for end in ends] == channels
+    assert features.shape == (1, 1280 + sum(channels), 2, 2)
+    assert features.shape[1] == map_channels("lite2", True) and map_channels("lite2") == 1280
+    torch.testing.assert_close(features[:, :1280], last)
+    means = torch.cat([end.mean((2, 3)) for end in ends], dim=1)
+    torch.testing.assert_close(features[:, 1280:].mean((2, 3)), means, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -318,12 +319,89 @@ def test_itm_from_itc_moves_the_match_logit_only() -> None:
     ids, mask = texts(2)
     with torch.no_grad():
         low = model.itm_logits(ids, mask, kv, None, torch.zeros(2))
-        high = model.itm_logits(ids, mask, kv, None, torch.tensor([0.5, 0.1]))
+        high = model.itm_logits(ids, mask, kv, None, torch.tensor([5.0, 1.0]))
     torch.testing.assert_close(
         high - low, torch.tensor([[0.0, 5.0], [0.0, 1.0]]), atol=1e-5, rtol=1e-5
     )
-    with pytest.raises(ValueError, match="itc_sim"):
+    with pytest.raises(ValueError, match="itm_start"):
         model.itm_logits(ids, mask, kv)
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_itm_start_without_a_bank_is_a_line_of_the_similarity() -> None:
+    model = tiny(LITE)
+    images, texts_ = unit(5, LITE.embed_dim), unit(5, LITE.embed_dim)
+    with torch.no_grad():
+        model.itm_start.set_weights(torch.tensor([7.0]), -2.0)
+        found = model.itm_start(images, texts_)
+    torch.testing.assert_close(found, 7.0 * (images * texts_).sum(-1) - 2.0)
+
+
+def test_itm_start_holds_commonness_and_style_against_a_pair() -> None:
+    torch.manual_seed(0)
+    start = MED(dataclasses.replace(LITE, itm_bank=6)).itm_start
+    images, texts_ = unit(5, LITE.embed_dim), unit(5, LITE.embed_dim)
+    with torch.no_grad():
+        start.bank_images.copy_(unit(6, LITE.embed_dim))
+        start.bank_texts.copy_(unit(6, LITE.embed_dim))
+        start.style.weight.copy_(torch.randn(1, LITE.embed_dim))
+        start.set_weights(torch.tensor([10.0, -3.0, -2.0, 0.5]), 0.25)
+        found = start(images, texts_)
+        for row in range(5):
+            image, text = images[row], texts_[row]
+            like_text = np.mean([np.exp(20 * float(text @ other)) for other in start.bank_images])
+            like_image = np.mean([np.exp(20 * float(image @ other)) for other in start.bank_texts])
+            style = min(0.0, float(start.style(text)))
+            wanted = (
+                10 * float(image @ text) - 3 * np.log(like_text) / 20 - 2 * np.log(like_image) / 20
+                + 0.5 * style + 0.25
+            )  # fmt: skip
+            assert float(found[row]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_components_are_those_of_a_singular_value_decomposition(tmp_path: Path) -> None:
+    config = dataclasses.replace(LITE, lite_levels="all", pooled_components=12)
+    model = MED(config).eval()
+    # pictures differ in some ways much more than in others
+    ways = torch.randn(40, 4, 20) * 0.7 ** torch.arange(20)
+    tokens = ways @ torch.randn(20, config.image_width)
+    tokens[..., 3] = 7.0  # a channel that says nothing
+    with torch.no_grad():
+        pooled = model.pool_tokens(tokens)
+        model.set_components(pooled)
+        reduced = model.reduce(pooled)
+    assert reduced.shape == (40, 12) and torch.equal(reduced, model.pool_image(tokens))
+    standardised = (pooled - pooled.mean(0)) / pooled.std(0).clamp(min=1e-3)
+    wanted = torch.linalg.svdvals(standardised)[:12]
+    torch.testing.assert_close(reduced.norm(dim=0), wanted, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(reduced.mean(0), torch.zeros(12), atol=1e-3, rtol=0)
+    med.save(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(med.load(tmp_path).pool_image(tokens), reduced)
+
+
+def test_fewer_pictures_than_components_leave_the_rest_at_zero() -> None:
+    model = MED(dataclasses.replace(LITE, pooled_components=12))
+    pooled = torch.randn(5, model.config.raw_pooled_width)
+    with torch.no_grad():
+        model.set_components(pooled)
+        reduced = model.reduce(pooled)
+    assert (reduced[:, 5:] == 0).all() and (reduced[:, :4].norm(dim=0) > 1).all()
+
+
+def test_all_levels_are_standardised_before_cross_attention() -> None:
+    config = dataclasses.replace(LITE, lite_levels="all", pooled_components=8)
+    model = MED(config).eval()
+    tokens = torch.randn(3, 4, config.image_width) * torch.rand(config.image_width) * 50 + 5
+    known = torch.zeros(3, config.embed_dim)
+    with torch.no_grad():
+        cells = tokens.flatten(0, 1)
+        plain = model.adapter((tokens - cells.mean(0)) / cells.std(0), known)
+        model.set_channel_scale(cells.mean(0), cells.std(0))
+        torch.testing.assert_close(model.adapt(tokens, known), plain, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config", [TINY, LITE], ids=["vit", "lite"])

@@ -80,7 +80,7 @@ def test_web_pairs_that_do_not_fit_weigh_less(prepared, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "web_weights.json").read_text()) == weights
     assert seen[-1] == (180, 180)
     # ITM starts from the similarity: more similar is more probable, and its own part is silent
-    assert model.itm_sim_scale.item() > 0
+    assert model.itm_start.scale.item() > 0
     assert not model.itm_head.weight.any()
 
 
@@ -144,3 +144,46 @@ def test_further_rounds_and_heads(prepared, tmp_path: Path) -> None:
     # the heads were trained apart: they are not the same
     first, second = model.vision_proj.heads
     assert not torch.equal(first[2].weight, second[2].weight)
+
+
+def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> None:
+    _, tokenizer, stream, wrong = prepared
+    torch.manual_seed(0)
+    config = dataclasses.replace(LITE, pooled_components=16, itm_bank=150)
+    model = MED(config)
+    weights = warmup.warm_up_heads(
+        model,
+        tokenizer,
+        stream,
+        SETTINGS,
+        max_tokens=16,
+        seed=0,
+        device="cpu",
+        folder=tmp_path / "model",
+        progress=lambda done, total: None,
+    )
+    right = np.mean([weight for key, weight in weights.items() if key not in wrong])
+    assert right > np.mean([weights[key] for key in wrong]) + 0.2
+    start = model.itm_start
+    # 100 pictures fill a bank of 150: all of them are there, half of them twice
+    torch.testing.assert_close(start.bank_images.norm(dim=1), torch.ones(150))
+    assert len(start.bank_images.unique(dim=0)) == 100
+    assert start.scale > 0 and (start.commonness < 0).all() and start.style_scale > 0
+    pooled = warmup.pool_pairs(model, tokenizer, stream, 16, "cpu")
+    # the web's own texts ("nothing of this 3") are told from people's, who wrote none of them
+    with torch.no_grad():
+        style = start.style(model.project_text(pooled.texts))[:, 0]
+    human = {text for row in np.flatnonzero(pooled.human) for text in pooled.owned[row]}
+    web = {text for row in np.flatnonzero(~pooled.human) for text in pooled.owned[row]} - human
+    assert style[sorted(human)].mean() > style[sorted(web)].mean() + 1
+
+
+def test_channel_scale_is_that_of_all_cells() -> None:
+    scale = warmup._ChannelScale(6)
+    parts = [torch.randn(3, 4, 6) * 5 + 2, torch.randn(1, 4, 6)]
+    for part in parts:
+        scale.add(part)
+    mean, std = scale.mean_and_std()
+    cells = torch.cat([part.flatten(0, 1) for part in parts])
+    torch.testing.assert_close(mean, cells.mean(0))
+    torch.testing.assert_close(std, cells.std(0, correction=0))
