@@ -681,6 +681,12 @@ class ITMStart(nn.Module):
         style = self.style(texts)[:, 0].clamp(max=0.0)
         return torch.stack([similarity, *common, style], dim=1)
 
+    def weights(self) -> Tensor:
+        """The regression's weights, `[4]` (or `[1]` without a bank), in the order of `evidence`."""
+        if not self.has_bank:
+            return self.scale[None]
+        return torch.cat([self.scale[None], self.commonness, self.style_scale[None]])
+
     def set_weights(self, weights: Tensor, bias: float) -> None:
         """Sets the regression: `[4]` (or `[1]` without a bank), in the order of `evidence`."""
         self.scale.copy_(weights[0])
@@ -691,11 +697,7 @@ class ITMStart(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Log-odds of a match, `[N]`, from the ITC embeddings `[N, E]` of pictures and texts."""
-        evidence = self.evidence(images, texts)
-        weights = self.scale[None]
-        if self.has_bank:
-            weights = torch.cat([weights, self.commonness, self.style_scale[None]])
-        return evidence @ weights + self.bias
+        return self.evidence(images, texts) @ self.weights() + self.bias
 
 
 class MED(nn.Module):

@@ -10,7 +10,7 @@ tower.
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,7 @@ class Labelled:
         rows: the picture of each pair, int64 `[N]`.
         texts: cleaned, N.
         match: int64 `[N]`, 1 for right and 0 for wrong.
+        web_pictures: key to whether a text that came with the picture was found right.
     """
 
     pictures: list[bytes]
@@ -47,6 +48,7 @@ class Labelled:
     rows: Tensor
     texts: list[str]
     match: Tensor
+    web_pictures: Mapping[str, bool] = field(default_factory=dict)
 
 
 def read_labelled(run: RunDir, verdicts: Mapping[str, bool], *, use_features: bool) -> Labelled:
@@ -64,6 +66,7 @@ def read_labelled(run: RunDir, verdicts: Mapping[str, bool], *, use_features: bo
     rows: list[int] = []
     texts: list[str] = []
     match: list[int] = []
+    web_pictures: dict[str, bool] = {}
     seen: set[str] = set()
     for name in run.shards("images"):
         shard = Shard(run, name)
@@ -76,6 +79,8 @@ def read_labelled(run: RunDir, verdicts: Mapping[str, bool], *, use_features: bo
                 rows.append(place.setdefault(key, len(pictures) + len(place)))
                 texts.append(cleaned)
                 match.append(int(verdicts[pair]))
+                if key.startswith("web-") and "/text" in pair_id:
+                    web_pictures[key] = web_pictures.get(key, False) or verdicts[pair]
         if place:
             pictures += _pictures(shard, list(place), use_features)
     if not texts:
@@ -90,7 +95,9 @@ def read_labelled(run: RunDir, verdicts: Mapping[str, bool], *, use_features: bo
             len(verdicts),
             run.path,
         )
-    return Labelled(pictures, use_features, torch.tensor(rows), texts, torch.tensor(match))
+    return Labelled(
+        pictures, use_features, torch.tensor(rows), texts, torch.tensor(match), web_pictures
+    )
 
 
 def _texts(shard: Shard) -> Iterator[tuple[str, str, str, str]]:
@@ -123,6 +130,46 @@ def _pictures(shard: Shard, keys: list[str], use_features: bool) -> list[bytes]:
             "CONFIG`"
         )
     return [found[key] for key in keys]
+
+
+@torch.no_grad()
+def fit_start(
+    model: MED, tokenizer: PreTrainedTokenizerBase, labelled: Labelled, max_tokens: int, device: str
+) -> None:
+    """Fits `ITMStart` to the reviewed pairs, by logistic regression.
+
+    Its weights are drawn towards what they are: few pairs, or pairs that are alike, change little.
+
+    Args:
+        model: with `itm_from_itc`; its `itm_start` is changed.
+        tokenizer: of its text tower.
+        labelled: the pairs.
+        max_tokens: longest text.
+        device: where the model is.
+    """
+    model.eval()
+    start, parts = model.itm_start, []
+    for rows in torch.arange(len(labelled.texts)).split(64):
+        texts = [labelled.texts[i] for i in rows.tolist()]
+        ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
+        features = _features(model, labelled, labelled.rows[rows].tolist(), device)
+        known = model.embed_text(ids.to(device), mask.to(device))
+        parts.append(start.evidence(model.known_image(features), known).cpu())
+    evidence, match = torch.cat(parts).double(), labelled.match.double()
+    before = torch.cat([start.weights().cpu().double(), start.bias.cpu().double()[None]])
+    design = torch.cat([evidence, torch.ones(len(evidence), 1)], dim=1)
+    # a weight may easily move by what makes one logit of a typical difference between pairs
+    size = torch.cat([evidence.std(0, correction=0).clamp(min=0.01), torch.ones(1)])
+    found = before.clone()
+    for _ in range(50):  # Newton's method on a convex loss: it needs some ten steps
+        probability = (design @ found).sigmoid()
+        gradient = design.T @ (probability - match) + size.square() * (found - before)
+        weight = (probability * (1 - probability))[:, None]
+        hessian = design.T @ (design * weight) + size.square().diag()
+        step = torch.linalg.solve(hessian, gradient)
+        # a full step may overshoot where all pairs are told apart with certainty
+        found = found - step / max(1.0, float((step * size).abs().max()) / 2)
+    start.set_weights(found[:-1].float(), float(found[-1]))
 
 
 def labelled_itm(

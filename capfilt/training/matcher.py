@@ -15,7 +15,7 @@ from capfilt.models.med import MED
 from capfilt.shards import RunDir
 from capfilt.training import objectives, ranks
 from capfilt.training.data import Batch, Stream, take_inventory
-from capfilt.training.labelled import Labelled, labelled_itm
+from capfilt.training.labelled import Labelled, fit_start, labelled_itm
 from capfilt.training.loop import Progress, train
 from capfilt.training.swaps import WordSwaps
 from capfilt.training.warmup import warm_up_heads
@@ -69,7 +69,10 @@ def finetune_matcher(
             device=device,
             folder=folder,
             progress=lambda done, total: progress(done, total, {}) if progress else None,
+            reviewed={} if labelled is None else labelled.web_pictures,
         )
+    if labelled is not None and model.config.itm_from_itc:
+        fit_start(model, tokenizer, labelled, settings.max_tokens, device)
     per_epoch = max(1, len(inventory) // settings.batch_size)
     contrast = objectives.Contrast(
         model, settings.itc, device, round(settings.itc.alpha_warmup_epochs * per_epoch)

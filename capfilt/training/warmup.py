@@ -11,7 +11,7 @@ Dimensions: N pictures, M distinct texts, B batch, E ITC embedding.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,6 +143,7 @@ def warm_up_heads(
     device: str,
     folder: Path,
     progress: Callable[[int, int], None],
+    reviewed: Mapping[str, bool] | None = None,
 ) -> dict[str, float]:
     """Trains the ITC heads in place and weighs the web pairs.
 
@@ -156,6 +157,7 @@ def warm_up_heads(
         device: where the model runs.
         folder: `web_weights.json` goes there.
         progress: told after each step.
+        reviewed: web pictures whose text people found right or wrong: they weigh 1 or 0.
 
     Returns:
         Key to weight (0..1) of the web pictures, see `weigh`. A human pair weighs 1 and isn't
@@ -175,6 +177,8 @@ def warm_up_heads(
         fit.run(np.flatnonzero(pooled.human), None, config.steps, lambda n: progress(n, total))
         for number in range(config.rounds):
             weights = weigh(model, pooled, web)
+            verdicts = {key: float(right) for key, right in (reviewed or {}).items()}
+            weights |= {key: verdicts[key] for key in weights.keys() & verdicts.keys()}
             # a new start: what the round before learned is in the weights
             with torch.no_grad():
                 for parameter, value in zip(_head_parameters(model), fresh, strict=True):

@@ -18,11 +18,11 @@ from capfilt.inspect.labels import Label, LabelStore
 from capfilt.models import folder as model_folder
 from capfilt.models.images import open_rgb, pixels
 from capfilt.models.med import MED
-from capfilt.models.tokens import load_tokenizer
+from capfilt.models.tokens import load_tokenizer, tokenize
 from capfilt.schema import CAPTIONS, pair_uid
 from capfilt.shards import RunDir, Shard
 from capfilt.stages.score import score_pairs
-from capfilt.training.labelled import labelled_itm, read_labelled
+from capfilt.training.labelled import Labelled, fit_start, labelled_itm, read_labelled
 
 Cli = Callable[..., Said]
 LITE = dataclasses.replace(
@@ -87,6 +87,10 @@ def test_reviewed_pairs_are_found_and_learnt(
     assert found.texts == [picture(0)[1], picture(1)[1], "a thing", picture(6)[1]]
     assert found.match.tolist() == [1, 0, 0, 1] and found.rows.tolist() == [0, 1, 2, 3]
     assert found.pictures == [picture(number)[0] for number in (0, 1, 2, 6)]
+    # a synthetic text's verdict says nothing of the text that came with the picture
+    assert found.web_pictures == {
+        "web-00000-00000": True, "web-00000-00001": False, "web-00001-00002": True,
+    }  # fmt: skip
     assert "2 of 6 reviewed pairs are not in" in caplog.text
 
     model = tiny_med()
@@ -110,6 +114,49 @@ def test_cached_features_take_the_place_of_pictures(tmp_path: Path) -> None:
     write_features(run, "web-00000", keys[:2], 4, 1280)
     with pytest.raises(InputError, match=f"no features of 1 reviewed pictures, {keys[2]}"):
         read_labelled(run, verdicts, use_features=True)
+
+
+@pytest.mark.parametrize("pairs", [30, 1500])
+def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
+    """The weights go to those that made the labels, as far as there are labels."""
+    torch.manual_seed(0)
+    model = MED(dataclasses.replace(LITE, itm_bank=8))
+    start, tokenizer = model.itm_start, load_tokenizer()
+    with torch.no_grad():
+        start.bank_images.normal_()
+        start.bank_texts.normal_()
+        start.style.weight.normal_(std=5)
+        start.set_weights(torch.tensor([4.0, -1.0, -1.0, 0.1]), -1.0)
+    before = torch.cat([start.weights(), start.bias[None]]).detach().clone()
+    rng = torch.Generator().manual_seed(1)
+    tokens = [(6 * torch.rand(4, 1280, generator=rng)).half() for _ in range(20)]
+    words = ["red", "blue", "a", "dog", "cat", "runs", "on", "grass", "two", "men"]
+    drawn = torch.randint(10, (pairs, 4), generator=rng).tolist()
+    texts = [" ".join(words[i] for i in row) for row in drawn]
+    rows = torch.randint(20, (len(texts),), generator=rng)
+    said = Labelled([t.numpy().tobytes() for t in tokens], True, rows, texts, torch.zeros(1))
+    model.eval()
+    with torch.no_grad():
+        embeds = model.embed_text(*tokenize(tokenizer, texts, 12, first_token="cls"))
+        images = model.known_image(torch.stack(tokens).float()[rows])
+        evidence = start.evidence(images, embeds)
+    spread = evidence.std(0).clamp(min=1e-3)
+    truth = 2.0 / spread * torch.tensor([1.0, -0.5, 0.0, 0.5])
+    logits = (evidence - evidence.mean(0)) @ truth
+    match = (torch.rand(len(texts), generator=rng) < logits.sigmoid()).long()
+    said = dataclasses.replace(said, match=match)
+    fit_start(model, tokenizer, said, 12, "cpu")
+    after = torch.cat([start.weights(), start.bias[None]]).detach()
+
+    def loss(weights: torch.Tensor) -> float:
+        found = evidence @ weights[:-1] + weights[-1]
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(found, match.float()))
+
+    assert torch.isfinite(after).all()
+    assert loss(after) < loss(before)
+    if pairs == 1500:
+        best = torch.cat([truth, -(evidence.mean(0) @ truth)[None]])
+        assert loss(after) < loss(best) + 0.01
 
 
 def test_labels_of_another_run_are_refused(tmp_path: Path) -> None:

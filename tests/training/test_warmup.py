@@ -187,3 +187,21 @@ def test_channel_scale_is_that_of_all_cells() -> None:
     cells = torch.cat([part.flatten(0, 1) for part in parts])
     torch.testing.assert_close(mean, cells.mean(0))
     torch.testing.assert_close(std, cells.std(0, correction=0))
+
+
+def test_what_people_said_of_a_text_outweighs_the_heads(prepared, tmp_path: Path) -> None:
+    model, tokenizer, stream, _ = prepared
+    weights = warmup.warm_up_heads(
+        model,
+        tokenizer,
+        stream,
+        SETTINGS,
+        max_tokens=16,
+        seed=0,
+        device="cpu",
+        folder=tmp_path / "model",
+        progress=lambda done, total: None,
+        reviewed={"web-00000-00000": False, "web-00000-00003": True, "web-00009-00000": True},
+    )
+    assert weights["web-00000-00000"] == 0.0 and weights["web-00000-00003"] == 1.0
+    assert len(weights) == 40 and len(set(weights.values())) > 10
