@@ -52,13 +52,22 @@ def web_pairs(run: Path, truth: list[dict], shard_size: int) -> list[dict]:
     return found
 
 
-def capfilt(arguments: argparse.Namespace, run: Path, step: str, *options: str) -> None:
-    """One command of capfilt on the pipeline; ends the benchmark when it fails."""
+def capfilt(
+    arguments: argparse.Namespace, run: Path, step: str, *options: str, check: bool = True
+) -> str:
+    """One command of capfilt on the pipeline; ends the benchmark when it fails and `check` is set.
+
+    Returns what it wrote to stderr when it failed, else nothing.
+    """
     data = arguments.data
     inputs = [f"human.pairs={data}/human.jsonl", f"web.pairs={data}/web.jsonl", f"run_dir={run}"]
     given = [word for one in inputs for word in ("--set", one)]
     command = [sys.executable, "-m", "capfilt.cli", *step.split(), CONFIG, *given, *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if check:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return ""
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stderr if found.returncode else ""
 
 
 def review(run: Path, folder: Path, pairs: list[dict], sampling: str) -> None:
@@ -174,6 +183,7 @@ def main() -> None:
     parser.add_argument("run", nargs="?", default="runs/flickr8k-small", type=Path)
     parser.add_argument("--reviews", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precision", type=float, default=0.95, help="what `calibrate` asks for")
     parser.add_argument(
         "--shard-size", type=int, default=1000, help="the run's download.shard_size"
     )
@@ -192,10 +202,14 @@ def main() -> None:
                 shutil.copytree(arguments.run, run, copy_function=os.link)
                 chosen = random.Random(seed).sample(pairs, arguments.reviews)
                 review(run, run / "labels", chosen, "random")
-                capfilt(arguments, run, "calibrate", "--target", "precision=0.95")
+                target = f"precision={arguments.precision}"
+                print(f"seed {seed}, asked for {target} after {len(chosen)} random reviews:")
+                refused = capfilt(arguments, run, "calibrate", "--target", target, check=False)
+                if refused:
+                    print(f"  refused: {refused.strip()}")
+                    continue
                 file = run / "calibration.json"
                 capfilt(arguments, run, "filter", "--set", f"filter.calibration={file}")
-                print(f"seed {seed}, asked for 95 % after {len(chosen)} random reviews:")
                 show_kept(run, pairs)
 
 
