@@ -406,6 +406,11 @@ def calibrate(
         print(f"{source} texts")
         for title, value in rows_of(numbers):
             print(f"  {title:<29} {value}")
+    noise = found.report["noise_ratio"]
+    if noise is not None:
+        print(f"expected noise ratio of the web and synthetic texts: {noise:.1%}")
+    for warning in found.report["warnings"]:
+        print(f"warning: {warning}")
     print(f"charts  {path.with_suffix('.html')}")
     print(f"use it  capfilt filter {config} --set filter.calibration={path}")
 

@@ -41,7 +41,7 @@ from capfilt.manifest import Identity
 from capfilt.schema import REASONS, SOURCES
 from capfilt.shards import RunDir
 
-VERSION = 1
+VERSION = 2
 MODELS = ("pretrain", "captioner", "matcher")
 STAGE_TABLES = ("images", "features", "captions", "scores", "decisions", "export")
 
@@ -80,7 +80,8 @@ def summary(run: RunDir) -> dict[str, Any]:
         `run`, `pairs_in`, `kept`, `dropped`, `books_close` (as many pairs decided as scored),
         `sources` (by source: `in`, `kept`, `dropped`, `kept_share`, `reasons`), `noise_ratios` (by
         source: `judged` texts, those `filtered` for a score below a threshold, their `share`),
-        `paper_noise_ratios`, `thresholds` (`itm`, `itc`).
+        `paper_noise_ratios`, `thresholds` (`itm`, `itc`), `calibration` (what it promised, with its
+        `warnings` and its `digest`; None where none decided).
     """
     return _summary(run, count_reasons(run))
 
@@ -227,6 +228,7 @@ def _summary(run: RunDir, tally: Tally) -> dict[str, Any]:
         "noise_ratios": noise,
         "paper_noise_ratios": PAPER_NOISE_RATIOS,
         "thresholds": _thresholds(run),
+        "calibration": _calibration(run),
     }
 
 
@@ -238,6 +240,18 @@ def _thresholds(run: RunDir) -> dict[str, float | None]:
             config = record.get("config", {})
             return {"itm": config.get("itm_threshold"), "itc": config.get("itc_threshold")}
     return {"itm": None, "itc": None}
+
+
+def _calibration(run: RunDir) -> dict[str, Any] | None:
+    """What the calibration that decided promised, as the decisions' manifests quote it."""
+    for name in run.shards("decisions"):
+        record = manifest.read(run, run.manifest("decisions", name))
+        if record:
+            digest = (record.get("weights") or {}).get("calibration")
+            if digest is None:
+                return None
+            return {"digest": digest, **(record.get("calibration") or {})}
+    return None
 
 
 def _pictures_in(run: RunDir, kind: str) -> int:

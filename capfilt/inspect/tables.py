@@ -22,7 +22,12 @@ from capfilt.schema import REASONS, SOURCES
 from capfilt.shards import RunDir, Shard
 
 REASON_NAMES = tuple(REASONS)
-BELOW_THRESHOLD = ("itm_below_threshold", "itc_below_threshold")
+BELOW_THRESHOLD = (
+    "itm_below_threshold",
+    "itc_below_threshold",
+    "fused_below_threshold",
+    "below_precision",
+)
 NO_PICTURE = ("download_failed", "image_unreadable", "image_too_small", "image_too_large")
 
 ITM_BINS = 200

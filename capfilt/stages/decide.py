@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 
 from capfilt.config import Filter
 from capfilt.errors import ConfigError, InputError
-from capfilt.evaluation.calibration import Calibration, read_calibration
+from capfilt.evaluation.calibration import Calibration, cite, read_calibration
 from capfilt.expression import IMAGE_COLUMNS, SCORE_COLUMNS, columns_of, compile_expression
 from capfilt.schema import DECISIONS, IMAGES, SCORES
 from capfilt.shards import RunDir, Shard
@@ -81,6 +81,10 @@ class FilterStage:
                 "CONFIG`, or set filter.calibration: null"
             )
         return {"calibration": path}
+
+    def citation(self) -> dict[str, Any]:
+        """What the calibration promised."""
+        return cite(self.config.calibration)
 
     def open(self, device: str) -> Transform:
         """Finds what needs the whole run, once: the duplicates and where the top fraction ends.
