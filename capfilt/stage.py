@@ -21,7 +21,7 @@ from capfilt import manifest
 from capfilt.errors import InputError
 from capfilt.manifest import Identity
 from capfilt.schema import check
-from capfilt.shards import RunDir, Shard
+from capfilt.shards import PICTURES_A_GROUP, ROWS_A_GROUP, RunDir, Shard
 
 Transform = Callable[[Shard], pa.Table]
 
@@ -183,7 +183,7 @@ def run_shard(transform: Transform, stage: Stage, shard: Shard, identity: Identi
     # an old signature must not stand beside a new table
     run.remove(run.manifest(stage.table, shard.name))
     path = run.table(stage.table, shard.name)
-    run.write_table(path, table)
+    run.write_table(path, table, PICTURES_A_GROUP if stage.table == "images" else ROWS_A_GROUP)
     counts: dict[str, int] = {}
     if stage.count_by is not None:
         values = table.column(stage.count_by).to_pylist()

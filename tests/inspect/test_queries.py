@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fabricated import add_embeddings, make_run
+from fabricated import add_embeddings, jpeg, make_run
 
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
-from capfilt.inspect import index, queries
+from capfilt.inspect import index, queries, tables
 from capfilt.inspect.labels import Label, utc_now
 from capfilt.inspect.queries import Query, Run, Thresholds, parse_query, parse_thresholds
 from capfilt.inspect.search import open_embeddings
@@ -214,6 +214,27 @@ def test_pictures_are_small_new_jpegs_and_nothing_else_is_read(run: Run) -> None
     assert run.thumbnail("web-00000-00009") is None  # not fetched
     for key in ("../../etc/passwd", "/etc/passwd", "web-00000", "web-99999-00000", "", "x\0y"):
         assert run.thumbnail(key) is None
+
+
+def test_a_picture_costs_one_row_group(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", shards=1)
+    where = RunDir(str(folder))
+    path = where.table("images", "web-00000")
+    where.write_table(path, Shard(where, "web-00000").read("images"), rows_a_group=10)
+    opened = queries.open_run(str(folder))
+    for row in (0, 9, 10, 28):
+        found = opened.picture_bytes(f"web-00000-{row:05d}")
+        assert found == (None if row % 10 == 9 else jpeg(row))
+    assert sorted(opened._groups) == [("web-00000", 0), ("web-00000", 1), ("web-00000", 2)]
+    assert {len(cells) for cells in opened._groups.values()} == {10}
+    # the report reads the groups alone that hold a picture that it shows
+    keys = {"web-00000-00003", "web-00000-00021"}
+    rows = tables.read_pictures(where, "web-00000", keys, ["image"])
+    assert {key: row["image"] for key, row in rows.items()} == {
+        "web-00000-00003": jpeg(3),
+        "web-00000-00021": jpeg(21),
+    }
+    opened.close()
 
 
 def test_large_row_groups_are_read_up_to_the_picture(
