@@ -538,6 +538,8 @@ class Run:
 
         The precision comes from labels: `random` from those given in random order (unbiased, with
         Wilson's 95 % interval), `any` from all of them, which is biased to where people looked.
+        Over all, a source weighs as many pairs as would be kept of it, however many of the labels
+        are its own; human pairs, which are kept unseen, weigh nothing.
         """
         self.refresh_labels()
         would, params = _would_keep(thresholds)
@@ -579,10 +581,9 @@ class Run:
             mine = [row for row in labelled if row["source"] == name]
             result["sources"][name]["precision"] = _precision(mine)
         result["all"] = {key: sum(row[key] for row in rows) for key in numbers}
-        # the export's noise is that of web and synthetic texts; human ones are kept unseen
-        result["all"]["precision"] = _precision(
-            [row for row in labelled if row["source"] != "human"]
-        )
+        judged = [row for row in labelled if row["source"] != "human"]
+        parts = {name: part for name, part in result["sources"].items() if name != "human"}
+        result["all"]["precision"] = {"any": _precision(judged)["any"], "random": _pooled(parts)}
         return result
 
     # -- pictures -----------------------------------------------------------------------------
@@ -873,6 +874,42 @@ def _precision(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             "high": high,
         }
     return result
+
+
+def _pooled(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The precision over sources, by random labels; each weighs as many pairs as it would keep.
+
+    The interval is put together from those of the sources (MOVER; Zou and Donner, 2008).
+
+    Returns:
+        As `_precision` gives it for `random`, and the `sources` that have such labels: it is about
+        these alone.
+    """
+    found = {
+        name: part
+        for name, part in sources.items()
+        if part["precision"]["random"]["labels"] and part["would_keep"]
+    }
+    total = sum(part["would_keep"] for part in found.values())
+    shares = [part["would_keep"] / total for part in found.values()]
+    parts = [part["precision"]["random"] for part in found.values()]
+    counts = {name: sum(part[name] for part in parts) for name in ("labels", "unsure")}
+    if not parts:
+        return {**counts, "precision": None, "low": 0.0, "high": 1.0, "sources": []}
+    precision = math.fsum(w * part["precision"] for w, part in zip(shares, parts, strict=True))
+    below, above = (
+        math.hypot(
+            *(w * (part[end] - part["precision"]) for w, part in zip(shares, parts, strict=True))
+        )
+        for end in ("low", "high")
+    )
+    return {
+        **counts,
+        "precision": precision,
+        "low": max(0.0, precision - below),
+        "high": min(1.0, precision + above),
+        "sources": list(found),
+    }
 
 
 def shrink(data: bytes, side_px: int) -> bytes | None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -342,6 +343,7 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     assert result["random"]["labels"] == 10 and result["random"]["precision"] == 0.8
     assert result["random"]["low"] == pytest.approx(0.490, abs=1e-3)  # Wilson, 8 of 10
     assert result["random"]["high"] == pytest.approx(0.943, abs=1e-3)
+    assert result["random"]["sources"] == ["web"]
     assert len(everything(opened, Query(review="mine"))) == 20
     assert len(everything(opened, Query(review="todo"))) == 94
     assert len(everything(opened, Query(review="wrong"))) == 5
@@ -361,6 +363,26 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     disputed = everything(opened, Query(review="disputed"))
     assert [pair["pair_id"] for pair in disputed] == [pairs[20]["pair_id"]]
     opened.close()
+
+
+def test_the_pooled_precision_weighs_sources_by_what_they_keep() -> None:
+    def part(would_keep: int, right: int, judged: int) -> dict[str, Any]:
+        row = {"at_random": True, "is_right": right, "is_wrong": judged - right, "pairs": judged}
+        return {"would_keep": would_keep, "precision": queries._precision([row])}
+
+    # nine in ten labels are of web texts, and nine in ten kept texts are synthetic
+    found = queries._pooled({"web": part(100, 90, 90), "synthetic": part(900, 5, 10)})
+    assert found["precision"] == pytest.approx(0.1 * 1.0 + 0.9 * 0.5)
+    assert found["labels"] == 100 and found["sources"] == ["web", "synthetic"]
+    low, high = queries.wilson(5, 10)
+    assert found["low"] == pytest.approx(0.55 - 0.9 * (0.5 - low), abs=2e-3)
+    assert found["high"] == pytest.approx(0.55 + 0.9 * (high - 0.5), abs=2e-3)
+    # one source alone has Wilson's own interval, and a source without labels is not spoken for
+    alone = queries._pooled({"web": part(100, 8, 10), "synthetic": part(900, 0, 0)})
+    assert (alone["low"], alone["high"]) == pytest.approx(queries.wilson(8, 10))
+    assert alone["sources"] == ["web"]
+    nothing = queries._pooled({"web": part(0, 8, 10)})
+    assert nothing["precision"] is None and (nothing["low"], nothing["high"]) == (0.0, 1.0)
 
 
 def test_only_an_unfiltered_random_order_counts_as_random() -> None:

@@ -429,7 +429,7 @@ function showThresholds({ threshold, all, sources }) {
     + `${count(all.joins)} join, ${count(all.leaves)} leave.`;
   const { random, any } = all.precision;
   $("#precision-text").textContent = random.labels
-    ? `Precision of the kept web and synthetic texts, from ${count(random.labels)} random labels: ${percent(random.precision)} `
+    ? `Precision of the kept ${random.sources.join(" and ")} texts, from ${count(random.labels)} random labels: ${percent(random.precision)} `
       + `(95 % interval ${percent(random.low)} to ${percent(random.high)}; ${count(random.unsure)} unsure left out).`
     : any.labels
       ? `Of ${count(any.labels)} labelled pairs that would be kept, ${percent(any.precision)} are right. They are no random `
@@ -624,7 +624,7 @@ async function start() {
   $("#shards").append(...summary.shard_names.map((shard) => make("option", { value: shard })));
   document.title = `${summary.run} · capfilt inspect`;
   $("#run-name").textContent = summary.run;
-  $("#run-counts").textContent = `${pairs(summary.pairs)}, ${count(summary.pictures)} pictures, ${count(summary.shards)} shards`;
+  $("#run-counts").textContent = `${pairs(summary.pairs)}, ${count(summary.pictures)} pictures, ${count(summary.shards)} ${summary.shards === 1 ? "shard" : "shards"}`;
   $("#read-only").hidden = !summary.read_only;
   for (const part of ["#reviewer-field", "#import-field", "#save"]) $(part).hidden = summary.read_only;
   if (!reviewer()) $("#reviewer").value = summary.reviewer;
