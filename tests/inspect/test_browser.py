@@ -3,6 +3,8 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 from fabricated import add_embeddings, make_run
+from PIL import Image
 
 from capfilt.inspect import app
 from capfilt.inspect.labels import read_labels
@@ -391,6 +394,18 @@ def test_read_only_offers_no_verdicts(browser: Any, folder: Path) -> None:
         tab.close()
     finally:
         stop()
+
+
+def test_the_picture_of_the_readme_can_be_taken(tmp_path: Path) -> None:
+    """In a process of its own: two Playwrights don't fit into one."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks/inspect_picture.py"
+    out = tmp_path / "inspect.png"
+    words = [sys.executable, str(script), "--out", str(out)]
+    said = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    with Image.open(out) as taken, Image.open(script.parents[1] / ".github/inspect.png") as shown:
+        assert taken.size == shown.size
+        assert len(set(taken.convert("RGB").resize((64, 64)).getdata())) > 100
 
 
 def test_a_dead_server_is_said(browser: Any, folder: Path) -> None:
