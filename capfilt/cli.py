@@ -188,15 +188,20 @@ _STEPS = {
     "  --set filter.itc_threshold=0.2              ITC similarity at least 0.2\n"
     "  --set 'filter.fuse={itm: 0.7, itc: 0.3}' --set filter.fused_threshold=0.4\n"
     "                                              a weighted mean of both at least 0.4\n"
-    "  --set filter.calibration=calibration.json   what `capfilt calibrate` promised\n"
+    "  --set filter.calibration=runs/quickstart/calibration.json\n"
+    "                                              what `capfilt calibrate` promised\n"
     "  --set 'filter.expression=\"width >= 200 and itm_prob > 0.4\"'\n"
     "                                              a condition over the columns\n"
     "  --set filter.best_of=1                      the best synthetic text a picture\n"
     "  --set filter.top_fraction=0.3               the best 30 % of the whole run\n"
-    "  --set filter.rank_by=fused                  what the two rank by: itm, itc, fused,\n"
-    "                                              probability (of the calibration)\n"
+    "  --set filter.top_fraction=0.3 --set filter.rank_by=fused\n"
+    "                                              ranked by the weighted mean instead of ITM\n"
+    "  --set filter.calibration=runs/quickstart/calibration.json --set filter.best_of=1 \\\n"
+    "      --set filter.rank_by=probability        ranked by ITM and ITC as calibrated\n"
     "  --set filter.synthetic_only_where_web_dropped=true\n"
-    "  --set filter.drop_duplicates=false\n",
+    "                                              synthetic texts only of pictures of which\n"
+    "                                              no web text is kept\n"
+    "  --set filter.drop_duplicates=false          the same picture and text more than once\n",
     "export": "Write the kept pairs as Parquet.\n\n"
     "Writes export/, which datasets.load_dataset, DuckDB and Polars read as it is.",
 }

@@ -337,9 +337,9 @@ def promise(calibration: Calibration) -> dict[str, Any]:
     """What a calibration says of the pairs that it keeps, short enough to be cited.
 
     Returns:
-        `target`, `score`, `matcher`, `labels`, `noise_ratio`, `warnings`, and in `sources`, for
-        each, its `threshold`, the expected `precision` and `recall` with their intervals, the
-        `held_out` check, and its `noise_ratio`; what a file does not say is None.
+        `target`, `score`, `weights`, `matcher`, `labels`, `noise_ratio`, `warnings`, and in
+        `sources`, for each, its `threshold`, the expected `precision` and `recall` with their
+        intervals, the `held_out` check, and its `noise_ratio`; what a file does not say is None.
     """
     report = calibration.report
     wanted = (
@@ -354,6 +354,7 @@ def promise(calibration: Calibration) -> dict[str, Any]:
     return {
         "target": calibration.target,
         "score": calibration.score,
+        "weights": list(calibration.weights),
         "matcher": calibration.matcher,
         "labels": report.get("labels"),
         "noise_ratio": report.get("noise_ratio"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fabricated import add_embeddings, jpeg, make_run
+from fabricated import add_embeddings, calibrate, jpeg, make_run
 
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
 from capfilt.inspect import index, queries, tables
@@ -197,6 +197,35 @@ def test_trying_a_threshold_agrees_with_the_stage_filter(
         assert result["all"][change] == len(expected)
         found = everything(run, Query(changes=change), tried)
         assert {pair["pair_id"] for pair in found} == expected
+
+
+@pytest.mark.parametrize("score", ["itm", "itc", "fused"])
+def test_a_calibrated_run_is_shown_as_it_was_decided(tmp_path: Path, score: str) -> None:
+    folder = make_run(tmp_path / "run")
+    limits = calibrate(folder, score, best_of=1)
+    opened = queries.open_run(str(folder))
+    rules = opened.summary()["rules"]
+    assert rules == {"best_of": 1, "calibration": {"target": 0.95, "digest": "c" * 64}}
+    own = opened.thresholds()
+    assert own.as_run
+    result = opened.try_thresholds(own)["all"]
+    assert result["would_keep"] == result["kept"] and result["joins"] == result["leaves"] == 0
+    # near the threshold is near that of the source, in the score that was calibrated
+    pairs = everything(opened, Query(order="threshold"), own)
+
+    def distance(pair: dict[str, Any]) -> float:
+        if pair["itm"] is None:
+            return 1e300
+        logit = np.log(pair["itm"] / (1 - pair["itm"]))
+        values = {"itm": logit, "itc": pair["itc"], "fused": logit + 2 * pair["itc"]}
+        return abs(float(values[score]) - limits[pair["source"]])
+
+    distances = [distance(pair) for pair in pairs]
+    assert distances == pytest.approx(sorted(distances), abs=1e-6) and len(pairs) == 114
+    # a threshold that is tried stands in the place of all that
+    tried = parse_thresholds({"t_itm": "0.4"}, own)
+    assert not tried.as_run and opened.try_thresholds(tried)["all"]["joins"] > 0
+    opened.close()
 
 
 def test_histograms_count_every_scored_pair(run: Run, folder: Path) -> None:

@@ -421,9 +421,19 @@ async function tryThresholds() {
   }
 }
 
-function showThresholds({ threshold, all, sources }) {
+function ruleNames() {
+  return Object.entries(summary.rules).map(([name, value]) => (name === "calibration"
+    ? `calibration${value.target == null ? "" : ` for a precision of ${percent(value.target)}`}`
+    : value === true ? name : `${name}: ${value}`)).join(", ");
+}
+
+function showThresholds({ threshold, as_run: asRun, all, sources }) {
   const said = (value) => (value == null ? "off" : Number(value).toFixed(3));
-  $("#threshold-line").textContent = `ITM ${said(threshold.itm)}, ITC ${said(threshold.itc)}`;
+  $("#threshold-line").textContent = asRun ? "as the run decided" : `ITM ${said(threshold.itm)}, ITC ${said(threshold.itc)}`;
+  $("#rules-text").hidden = !ruleNames();
+  $("#rules-text").textContent = `The run was decided by ${ruleNames()}. `
+    + "A threshold that is tried or saved here stands in its place.";
+  $("#save button").disabled = asRun;
   $("#threshold-text").textContent = `Keeps ${count(all.would_keep)} of ${count(all.pairs)} pairs `
     + `(${percent(all.pairs ? all.would_keep / all.pairs : 0)}; the run keeps ${count(all.kept)}): `
     + `${count(all.joins)} join, ${count(all.leaves)} leave.`;
