@@ -267,7 +267,9 @@ def finetune_matcher(
 
 @app.command()
 def report(
-    config: ConfigArg,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG|RUN", help="The run's YAML file. Or the run's folder.")
+    ],
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -275,19 +277,29 @@ def report(
 ) -> None:
     """Write the static page that shows what was kept, what was dropped, and why.
 
-    One HTML file (report.html in the run folder) that opens from disk.
+    One HTML file (report.html in the run folder) that opens from disk. Given the folder alone, it
+    is drawn by the defaults of the `report` section and holds no config.
 
     Example: capfilt report pipelines/quickstart.yaml
     """
     _logging(verbose)
-    loaded = _load(config, overrides)
     from capfilt import pipeline
     from capfilt.inspect.report import summary
     from capfilt.shards import RunDir
 
-    with _Progress(quiet) as progress:
-        pipeline.run(loaded, steps=("report",), report=progress.update)
-    found = {"report": f"{loaded.run_dir}/report.html", **summary(RunDir(loaded.run_dir))}
+    if config.is_dir():
+        from capfilt.errors import UsageError
+
+        if overrides:
+            raise UsageError("--set overrides a config: give the run's YAML file, not its folder")
+        run_dir = RunDir(str(config))
+        pipeline.report_without_config(run_dir)
+    else:
+        loaded = _load(config, overrides)
+        run_dir = RunDir(loaded.run_dir)
+        with _Progress(quiet) as progress:
+            pipeline.run(loaded, steps=("report",), report=progress.update)
+    found = {"report": run_dir.at("report.html"), **summary(run_dir)}
     print(json.dumps(found, indent=1) if as_json else found["report"])
 
 
