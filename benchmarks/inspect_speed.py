@@ -34,7 +34,7 @@ from capfilt import manifest
 from capfilt.inspect import app
 from capfilt.manifest import Identity
 from capfilt.schema import DECISIONS, IMAGES, SCORES
-from capfilt.shards import RunDir
+from capfilt.shards import PICTURES_A_GROUP, ROWS_A_GROUP, RunDir
 
 WORDS = ["a", "photo", "of", "dog", "lake", "red", "car", "woman", "street", "old", "house", "near"]
 
@@ -106,7 +106,8 @@ def make_run(folder: str, pairs: int, shards: int) -> None:
         )
         for table, columns, schema in tables:
             made = pa.table(columns, schema)
-            run.write_table(run.table(table, name), made)
+            rows = PICTURES_A_GROUP if table == "images" else ROWS_A_GROUP
+            run.write_table(run.table(table, name), made, rows)
             identity = Identity(table, 1, {"itm_threshold": 0.5})
             path = run.manifest(table, name)
             manifest.sign(run, path, identity, rows=made.num_rows, counts={}, seconds=0)

@@ -188,15 +188,23 @@ _STEPS = {
     "  --set filter.itc_threshold=0.2              ITC similarity at least 0.2\n"
     "  --set 'filter.fuse={itm: 0.7, itc: 0.3}' --set filter.fused_threshold=0.4\n"
     "                                              a weighted mean of both at least 0.4\n"
-    "  --set filter.calibration=calibration.json   what `capfilt calibrate` promised\n"
+    "  --set filter.calibration=runs/quickstart/calibration.json\n"
+    "                                              what `capfilt calibrate` promised\n"
     "  --set 'filter.expression=\"width >= 200 and itm_prob > 0.4\"'\n"
     "                                              a condition over the columns\n"
+    "  --set filter.columns=mine.csv --set 'filter.expression=\"own.aesthetic > 5\"'\n"
+    "                                              over your own columns, by pair_id, uid, key or\n"
+    "                                              url\n"
     "  --set filter.best_of=1                      the best synthetic text a picture\n"
     "  --set filter.top_fraction=0.3               the best 30 % of the whole run\n"
-    "  --set filter.rank_by=fused                  what the two rank by: itm, itc, fused,\n"
-    "                                              probability (of the calibration)\n"
+    "  --set filter.top_fraction=0.3 --set filter.rank_by=fused\n"
+    "                                              ranked by the weighted mean instead of ITM\n"
+    "  --set filter.calibration=runs/quickstart/calibration.json --set filter.best_of=1 \\\n"
+    "      --set filter.rank_by=probability        ranked by ITM and ITC as calibrated\n"
     "  --set filter.synthetic_only_where_web_dropped=true\n"
-    "  --set filter.drop_duplicates=false\n",
+    "                                              synthetic texts only of pictures of which\n"
+    "                                              no web text is kept\n"
+    "  --set filter.drop_duplicates=false          the same picture and text more than once\n",
     "export": "Write the kept pairs as Parquet.\n\n"
     "Writes export/, which datasets.load_dataset, DuckDB and Polars read as it is.",
 }
@@ -262,7 +270,9 @@ def finetune_matcher(
 
 @app.command()
 def report(
-    config: ConfigArg,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG|RUN", help="The run's YAML file. Or the run's folder.")
+    ],
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -270,19 +280,29 @@ def report(
 ) -> None:
     """Write the static page that shows what was kept, what was dropped, and why.
 
-    One HTML file (report.html in the run folder) that opens from disk.
+    One HTML file (report.html in the run folder) that opens from disk. Given the folder alone, it
+    is drawn by the defaults of the `report` section and holds no config.
 
     Example: capfilt report pipelines/quickstart.yaml
     """
     _logging(verbose)
-    loaded = _load(config, overrides)
     from capfilt import pipeline
     from capfilt.inspect.report import summary
     from capfilt.shards import RunDir
 
-    with _Progress(quiet) as progress:
-        pipeline.run(loaded, steps=("report",), report=progress.update)
-    found = {"report": f"{loaded.run_dir}/report.html", **summary(RunDir(loaded.run_dir))}
+    if config.is_dir():
+        from capfilt.errors import UsageError
+
+        if overrides:
+            raise UsageError("--set overrides a config: give the run's YAML file, not its folder")
+        run_dir = RunDir(str(config))
+        pipeline.report_without_config(run_dir)
+    else:
+        loaded = _load(config, overrides)
+        run_dir = RunDir(loaded.run_dir)
+        with _Progress(quiet) as progress:
+            pipeline.run(loaded, steps=("report",), report=progress.update)
+    found = {"report": run_dir.at("report.html"), **summary(run_dir)}
     print(json.dumps(found, indent=1) if as_json else found["report"])
 
 
@@ -406,6 +426,11 @@ def calibrate(
         print(f"{source} texts")
         for title, value in rows_of(numbers):
             print(f"  {title:<29} {value}")
+    noise = found.report["noise_ratio"]
+    if noise is not None:
+        print(f"expected noise ratio of the web and synthetic texts: {noise:.1%}")
+    for warning in found.report["warnings"]:
+        print(f"warning: {warning}")
     print(f"charts  {path.with_suffix('.html')}")
     print(f"use it  capfilt filter {config} --set filter.calibration={path}")
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from capfilt.errors import ConfigError
-from capfilt.expression import compile_expression
+from capfilt.expression import compile_expression, own_columns_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -427,6 +427,13 @@ class Filter(_Section):
     expression: str | None = None
     """Drop a web or synthetic text for which this condition over the columns of its scores and its
     picture does not hold. Example: `expression: "width >= 200 and words(caption) >= 3"`"""
+    columns: str | None = _runtime(
+        None,
+        "A table of your own (CSV, TSV, JSONL or Parquet) with one row a pair or picture: a column "
+        "`pair_id`, `uid`, `key` or `url` that says which, and others that `expression` names as "
+        "`own.name`; null is off. The file's digest, not its path, decides the output. Example: "
+        '`columns: aesthetic.csv` with `expression: "own.aesthetic > 5"`',
+    )
     best_of: Positive | None = None
     """Keep at most so many synthetic texts a picture, the best by `rank_by` of those that pass the
     conditions above; null keeps all. Example: `best_of: 1`"""
@@ -451,6 +458,12 @@ class Filter(_Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "Filter":
+        if self.expression is not None and self.columns is None:
+            named = own_columns_of(self.expression)
+            if named:
+                raise ValueError(
+                    f"`expression` names own.{named[0]}, and `columns` gives no table of your own"
+                )
         if self.rank_by == "probability" and self.calibration is None:
             raise ValueError(
                 "`rank_by: probability` needs `calibration`, a file of `capfilt calibrate`"

@@ -50,6 +50,16 @@ def columns_of(text: str) -> tuple[str, ...]:
     return tuple(name for name in COLUMNS if name in named)
 
 
+def own_columns_of(text: str) -> tuple[str, ...]:
+    """The columns of the user's own table that an expression names, as in `own.aesthetic`; sorted.
+
+    Raises:
+        ConfigError: it can't be read, or holds something that is not allowed.
+    """
+    tree = _parse(text)
+    return tuple(sorted({node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}))
+
+
 def compile_expression(text: str) -> Any:
     """An expression as a `pyarrow.compute.Expression` over `COLUMNS`.
 
@@ -58,7 +68,8 @@ def compile_expression(text: str) -> Any:
 
     Args:
         text: comparisons (also chained, and `in` a list), `and`, `or`, `not`, `+ - * /`, numbers,
-            texts, `None`, and the functions of `FUNCTIONS`.
+            texts, `None`, the functions of `FUNCTIONS`, and `own.name` for a column `name` of the
+            user's own table.
 
     Raises:
         ConfigError: it can't be read, or holds something that is not allowed.
@@ -113,6 +124,8 @@ def _check(node: ast.expr, text: str, depth: int = 0) -> None:
         case ast.Name():
             if node.id not in COLUMNS:
                 raise refuse(f"is no column; there are {', '.join(COLUMNS)}")
+            children = []
+        case ast.Attribute(value=ast.Name(id="own")):
             children = []
         case ast.Constant():
             if not isinstance(node.value, bool | int | float | str):
@@ -177,6 +190,8 @@ class _Compiler:
                 column = self.pc.field(node.id)
                 # an area must not wrap around at 32 bits
                 return column.cast("float64") if node.id in NUMBERS else column
+            case ast.Attribute():
+                return self.pc.field(f"own.{node.attr}")
             case ast.Constant():
                 return self.pc.scalar(node.value)
             case ast.UnaryOp(op=ast.USub()):

@@ -644,6 +644,20 @@ def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     return result
 
 
+def report_without_config(run_dir: RunDir) -> None:
+    """Writes the report of a run folder of which the config is not at hand.
+
+    It is not signed: `capfilt run CONFIG` writes it anew.
+
+    Raises:
+        InputError: nothing was decided yet.
+    """
+    from capfilt.inspect.report import write_report
+
+    write_report(run_dir, None)
+    run_dir.remove(run_dir.at("report.manifest.json"))
+
+
 _RUNNERS: dict[str, Callable[[RunDir, Config, bool, Report], StageResult | None]] = {
     "download": _download,
     "ingest": _ingest,

@@ -22,6 +22,9 @@ from capfilt.errors import InputError
 ROWS_A_GROUP = 1000
 """Rows of a Parquet row group: what readers such as `datasets` hold in memory at once."""
 
+PICTURES_A_GROUP = 100
+"""Rows of a row group of `images/`: what is read for one picture of the review page."""
+
 SHARD_NAME = re.compile(r"^(web|human)-\d{5,}$")
 
 
@@ -92,14 +95,20 @@ class RunDir:
         """Writes a text file by rename, so that a reader sees all of it or nothing."""
         self._write(path, lambda file: file.write(text.encode()))
 
-    def write_table(self, path: str, table: pa.Table) -> None:
-        """Writes a Parquet file by rename."""
+    def write_table(self, path: str, table: pa.Table, rows_a_group: int = ROWS_A_GROUP) -> None:
+        """Writes a Parquet file by rename.
+
+        Args:
+            path: of the file.
+            table: what it holds.
+            rows_a_group: rows of a row group, at most.
+        """
 
         def write(file: BinaryIO) -> None:
             with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
                 # no group at all when it is empty: `datasets` can't read a group without rows
                 if table.num_rows:
-                    writer.write_table(table, row_group_size=ROWS_A_GROUP)
+                    writer.write_table(table, row_group_size=rows_a_group)
 
         self._write(path, write)
 

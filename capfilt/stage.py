@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +21,7 @@ from capfilt import manifest
 from capfilt.errors import InputError
 from capfilt.manifest import Identity
 from capfilt.schema import check
-from capfilt.shards import RunDir, Shard
+from capfilt.shards import PICTURES_A_GROUP, ROWS_A_GROUP, RunDir, Shard
 
 Transform = Callable[[Shard], pa.Table]
 
@@ -85,6 +85,15 @@ class Stage(Protocol):
 
     def open(self, device: str) -> Transform:
         """Loads what is needed once per worker; returns a pure function from a shard to a table."""
+        ...
+
+
+@runtime_checkable
+class Citing(Protocol):
+    """A stage whose manifests quote something that people will want to know of its output."""
+
+    def citation(self) -> dict[str, Any]:
+        """What they quote; decides nothing, so it is no part of the fingerprint."""
         ...
 
 
@@ -174,7 +183,7 @@ def run_shard(transform: Transform, stage: Stage, shard: Shard, identity: Identi
     # an old signature must not stand beside a new table
     run.remove(run.manifest(stage.table, shard.name))
     path = run.table(stage.table, shard.name)
-    run.write_table(path, table)
+    run.write_table(path, table, PICTURES_A_GROUP if stage.table == "images" else ROWS_A_GROUP)
     counts: dict[str, int] = {}
     if stage.count_by is not None:
         values = table.column(stage.count_by).to_pylist()
@@ -187,5 +196,6 @@ def run_shard(transform: Transform, stage: Stage, shard: Shard, identity: Identi
         counts=counts,
         seconds=time.perf_counter() - start,
         sha256=run.digest(path),
+        extra=stage.citation() if isinstance(stage, Citing) else None,
     )
     return Written(table.num_rows, counts)

@@ -212,6 +212,13 @@ def test_results_on_stdout(tiny: Tiny, capfilt: Cli) -> None:
     page = capfilt("report", tiny.config).out.strip()
     assert Path(page).read_text().startswith("<!")
     assert capfilt("report", tiny.config, "--json").json["books_close"] is True
+    # the folder is enough, and the next run signs the page again
+    run = Path(page).parent
+    assert capfilt("report", run).out.strip() == page
+    assert "<summary>Config" not in Path(page).read_text(encoding="utf-8")
+    assert capfilt("report", run, "--set", "seed=1").code == 2
+    assert capfilt("report", tiny.config).code == 0
+    assert "<summary>Config" in Path(page).read_text(encoding="utf-8")
     status = capfilt("status", tiny.config, "--json").json
     assert status["tables"]["decisions"]["rows"] == 12 and status["report"] == page
     assert "decisions" in capfilt("status", tiny.config).out

@@ -182,7 +182,7 @@ def test_every_field_says_what_it_is() -> None:
 def test_runtime_fields_are_those_that_cannot_change_the_output() -> None:
     assert {path[-1] for path, info in LEAVES if is_runtime(info)} <= {
         "device", "threads", "processes", "batch_size", "tensorboard", "calibration",
-        "store_embeddings", "labels",
+        "store_embeddings", "labels", "columns",
     }  # fmt: skip
     trained = [path for path, _ in LEAVES if path[0] in ("pretrain", "matcher", "captioner")]
     assert ("pretrain", "batch_size") in trained

@@ -155,6 +155,16 @@ def test_links_and_paths_are_there() -> None:
         assert "://" in link or link.startswith("mailto:") or (ROOT / link).exists(), link
 
 
+def test_pictures_are_shown_and_small() -> None:
+    text = README.read_text(encoding="utf-8")
+    pictures = sorted((ROOT / ".github").glob("*.png"))
+    assert pictures
+    for picture in pictures:
+        assert f"](.github/{picture.name})" in text
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert picture.stat().st_size <= 200_000
+
+
 def test_make_targets_are_explained() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)

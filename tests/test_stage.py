@@ -3,13 +3,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel, ConfigDict
 
 from capfilt import manifest
 from capfilt.errors import InputError
 from capfilt.manifest import Identity
-from capfilt.schema import DECISIONS
+from capfilt.schema import DECISIONS, IMAGES
 from capfilt.shards import RunDir, Shard
 from capfilt.stage import identify, identify_shared, run_shard
 
@@ -52,10 +53,39 @@ class Toy:
         return work
 
 
+@dataclass(frozen=True)
+class ToyPictures(Toy):
+    table: str = "images"
+    schema: pa.Schema = field(default=IMAGES, repr=False)
+    count_by: str | None = None
+
+    def open(self, device: str) -> Callable[[Shard], pa.Table]:
+        blank = {
+            **dict.fromkeys(IMAGES.names),
+            "source": "web",
+            "captions": [],
+            "status": "success",
+        }
+        rows = [{**blank, "key": key, "image": b"x"} for key in self.pairs]
+        return lambda shard: pa.Table.from_pylist(rows, IMAGES)
+
+
 def do(run: RunDir, stage: Toy) -> None:
     identity = identify(stage, run, "web-00000", identify_shared(stage, run))
     written = run_shard(stage.open("cpu"), stage, Shard(run, "web-00000"), identity)
     assert written.rows == len(stage.pairs)
+
+
+def test_pictures_lie_in_small_row_groups(tmp_path: Path) -> None:
+    """A thumbnail reads a whole row group; the narrow tables are read whole anyway."""
+    run = RunDir(str(tmp_path))
+    names = tuple(f"{number:04d}" for number in range(250))
+    do(run, ToyPictures(names))
+    written = pq.ParquetFile(run.table("images", "web-00000"))
+    assert [written.metadata.row_group(at).num_rows for at in range(3)] == [100, 100, 50]
+    assert written.read()["key"].to_pylist() == list(names)
+    do(run, Toy(names))
+    assert pq.ParquetFile(run.table("decisions", "web-00000")).num_row_groups == 1
 
 
 def test_a_shard_is_written_and_signed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Dimensions: N examples, U unlabelled pairs of a source, K kinds of examples, C s
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,12 @@ PRIOR = {"match": 0.5, "random": 0.35, "near": 0.1, "swap": 0.05}
 scores alone hardly tell a text with one wrong word from a right one that scores badly."""
 PRIOR_WEIGHT = 0.1
 """Weight of that, as a share of the unlabelled pairs."""
+MORE_NOISE = 1.5
+"""A promise is called unreliable when the noise may be so many times what was asked for."""
+USEFUL_RECALL = 0.1
+"""Of the matches, the share that a threshold should keep; below it the user is told."""
+Z = 1.959964
+"""Standard deviations on either side that hold 95 % of a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -309,19 +316,79 @@ def calibrate(
             examples[source], pool, chosen, weights, target, seed, resamples
         )
     if all(part.threshold is None for part in sources.values()):
-        best = {name: round(part["best_precision"], 3) for name, part in reports.items()}
-        raise UsageError(
-            f"no threshold reaches precision {target}: the surest scores reach {best}; ask for "
-            "less, or train a better matcher"
-        )
+        raise UsageError(_out_of_reach(target, reports))
     kept = sum(part["kept"] for part in reports.values())
     wrong = sum(part["kept"] * part["noise_ratio"] for part in reports.values())
     report = {
+        "target": target,
         "labels": "reviewed" if all(part.reviewed for part in examples.values()) else "made up",
         "noise_ratio": wrong / kept if kept else None,
+        "warnings": [
+            f"{source} texts: {each}"
+            for source, part in reports.items()
+            for each in part["warnings"]
+        ],
         "sources": reports,
     }
     return Calibration(matcher, chosen, weights, target, sources, report)
+
+
+def promise(calibration: Calibration) -> dict[str, Any]:
+    """What a calibration says of the pairs that it keeps, short enough to be cited.
+
+    Returns:
+        `target`, `score`, `weights`, `matcher`, `labels`, `noise_ratio`, `warnings`, and in
+        `sources`, for each, its `threshold`, the expected `precision` and `recall` with their
+        intervals, the `held_out` check, and its `noise_ratio`; what a file does not say is None.
+    """
+    report = calibration.report
+    wanted = (
+        "threshold",
+        "precision",
+        "precision_interval",
+        "recall",
+        "recall_interval",
+        "held_out",
+        "noise_ratio",
+    )
+    return {
+        "target": calibration.target,
+        "score": calibration.score,
+        "weights": list(calibration.weights),
+        "matcher": calibration.matcher,
+        "labels": report.get("labels"),
+        "noise_ratio": report.get("noise_ratio"),
+        "warnings": list(report.get("warnings") or ()),
+        "sources": {
+            source: {name: part.get(name) for name in wanted}
+            for source, part in (report.get("sources") or {}).items()
+        },
+    }
+
+
+def cite(path: str | Path | None) -> dict[str, Any]:
+    """What a manifest quotes of a calibration file; nothing where there is none.
+
+    Raises:
+        InputError: it is missing, or no calibration.
+    """
+    return {} if path is None else {"calibration": promise(read_calibration(path))}
+
+
+def _out_of_reach(target: float, reports: dict[str, Any]) -> str:
+    """The message where no source reaches the precision."""
+    best = max(part["best_precision"] for part in reports.values())
+    reached = ", ".join(
+        f"{name} texts {part['best_precision']:.3f} (which keeps {part['best_recall']:.1%} of the "
+        "right ones)"
+        for name, part in reports.items()
+    )
+    lower = math.floor(100 * best) / 100
+    ask = f"ask for less (--target precision={lower:.2f})" if lower > 0 else "ask for less"
+    return (
+        f"no threshold reaches precision {target}: by the labels, the best that one reaches is, "
+        f"for {reached}; {ask}, review more pairs with high scores, or train a better matcher"
+    )
 
 
 def example_weights(examples: Examples, pool: Pool) -> tuple[Floats, dict[str, float]]:
@@ -520,10 +587,18 @@ def _calibrate_source(
     used = weights > 0
     curve = METHODS[method](scores[used], examples.match[used], weights[used])
     probability = curve(in_pool)
-    threshold, best = pick_threshold(in_pool, probability, target)
+    threshold, _ = pick_threshold(in_pool, probability, target)
+    best = min(
+        best_reachable(scores[used], examples.match[used], weights[used], FEWEST),
+        best_reachable(in_pool, probability, np.ones(len(in_pool)), 1),
+    )
+    if best[0] < target:  # the curve may say otherwise: it can end in a step of a few labels
+        threshold = None
     kept = in_pool >= threshold if threshold is not None else np.zeros(len(in_pool), dtype=bool)
     random = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {"match_share": [], "precision": [], "recall": [], "auc": []}
+    lines = curves(scores, examples.match, weights)
+    bands: list[Floats] = []
     for again in _resampled(examples, random, resamples):
         part = examples.take(again)
         if part.match.all() or not part.match.any():
@@ -539,12 +614,26 @@ def _calibrate_source(
         p = found(again_pool)
         drawn["match_share"].append(float(p.mean()))
         drawn["auc"].append(weighted_auc(again_scores, part.match, again_weights))
+        bands.append(rates(again_scores, part.match, again_weights, lines["threshold"]))
         if threshold is not None and (above := again_pool >= threshold).any():
             drawn["precision"].append(float(p[above].mean()))
             drawn["recall"].append(float(p[above].sum() / max(p.sum(), 1e-12)))
     share = float(probability.mean())
     precision = float(probability[kept].mean()) if kept.any() else None
     interval = _interval(drawn["precision"])
+    checked = None
+    if threshold is not None:
+        checked = _check_held_out(method, scores, examples.match, weights, folds, in_pool, target)
+    found_here = {
+        "threshold": threshold,
+        "precision": precision,
+        "precision_interval": interval,
+        "recall": float(probability[kept].sum() / max(probability.sum(), 1e-12)),
+        "held_out": checked,
+        "best_precision": best[0],
+        "best_recall": best[1],
+        "kept_labels": _worth(weights[scores >= threshold]) if threshold is not None else 0,
+    }
     report = {
         "examples": len(examples),
         "right": int(examples.match.sum()),
@@ -555,21 +644,18 @@ def _calibrate_source(
         "mix": shares,
         "match_share": share,
         "match_share_interval": _interval(drawn["match_share"]),
-        "threshold": threshold,
+        **found_here,
         "itm_threshold": _unlogit(threshold) if score == "itm" else None,
-        "best_precision": best,
         "kept": round(float(kept.mean()) * pool.total),
         "kept_share": float(kept.mean()),
-        "precision": precision,
-        "precision_interval": interval,
-        "recall": float(probability[kept].sum() / max(probability.sum(), 1e-12)),
         "recall_interval": _interval(drawn["recall"]),
         "noise_ratio": 1 - precision if precision is not None else 0.0,
         "auc": weighted_auc(scores, examples.match, weights),
         "auc_interval": _interval(drawn["auc"]),
         "more_labels": more_labels(examples, precision, interval),
-        "curves": curves(scores, examples.match, weights),
+        "curves": lines | _bands(bands),
         "reliability": reliability(outside[method], examples.match, weights),
+        "warnings": warnings_of(found_here, target, in_pool, probability),
     }
     return SourceCalibration(threshold, share, _plain(curve.x), _plain(curve.y)), report
 
@@ -594,6 +680,127 @@ def pick_threshold(
     reached = np.flatnonzero(ends & (mean >= target))
     best = float(mean[ends].max())
     return (float(ranked[reached[-1]]) if len(reached) else None), best
+
+
+def best_reachable(
+    scores: Floats, match: Bools | Floats, weights: Floats, fewest: int
+) -> tuple[float, float]:
+    """The highest precision of any threshold that keeps at least `fewest` rows, and its recall.
+
+    Args:
+        scores: [N].
+        match: whether each matches, or the probability that it does, [N].
+        weights: [N].
+        fewest: rows at and above a threshold from which on it counts; all of them where there are
+            fewer.
+
+    Returns:
+        Precision and recall, 0..1; of equal precisions, that of the higher recall.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    right = np.cumsum((weights * match)[order])
+    ends = np.flatnonzero(np.append(ranked[1:] < ranked[:-1], True))
+    ends = ends[ends + 1 >= min(fewest, len(order))]
+    precision = right[ends] / np.maximum(np.cumsum(weights[order])[ends], 1e-12)
+    place = len(ends) - 1 - int(np.argmax(precision[::-1]))
+    return float(precision[place]), float(right[ends[place]] / max(right[-1], 1e-12))
+
+
+def _check_held_out(
+    method: str,
+    scores: Floats,
+    match: Bools,
+    weights: Floats,
+    folds: NDArray[np.int64],
+    in_pool: Floats,
+    target: float,
+) -> dict[str, Any]:
+    """What thresholds keep of labels that had no part in finding them.
+
+    For each fold of pictures a curve is fitted and a threshold picked without its labels.
+
+    Returns:
+        `precision` (None where nothing is kept) and `recall` of the labels that are kept, weighted,
+        and how many `labels` those are.
+    """
+    kept = np.zeros(len(scores), dtype=bool)
+    for fold in np.unique(folds):
+        here, rest = folds == fold, (folds != fold) & (weights > 0)
+        if match[rest].all() or not match[rest].any():
+            continue
+        curve = METHODS[method](scores[rest], match[rest], weights[rest])
+        threshold, _ = pick_threshold(in_pool, curve(in_pool), target)
+        if threshold is not None:
+            kept |= here & (scores >= threshold)
+    kept &= weights > 0
+    right = float(weights[kept & match].sum())
+    return {
+        "precision": right / float(weights[kept].sum()) if kept.any() else None,
+        "recall": right / max(float(weights[match].sum()), 1e-12),
+        "labels": int(kept.sum()),
+    }
+
+
+def _worth(weights: Floats) -> int:
+    """How many labels of equal weight tell as much as these (Kish, 1965)."""
+    total = float(weights.sum())
+    return int(total**2 / float((weights**2).sum())) if total > 0 else 0
+
+
+def labels_to_show(target: float) -> int:
+    """The fewest labels, all of them right, that show a precision: Wilson's bound reaches it."""
+    return math.ceil(Z**2 * target / (1 - target))
+
+
+def warnings_of(
+    found: dict[str, Any], target: float, in_pool: Floats, probability: Floats
+) -> list[str]:
+    """Why the precision of a source should not be relied on, in sentences; empty where it can be.
+
+    Args:
+        found: of the source, as in the report.
+        target: the precision that was asked for.
+        in_pool: scores of the unlabelled pairs, [U].
+        probability: of a match of each, [U].
+    """
+    if found["threshold"] is None:
+        return [
+            f"no threshold reaches a precision of {target:.1%}, so none of them are kept; the best "
+            f"that the labels bear out is {found['best_precision']:.1%}, which keeps "
+            f"{found['best_recall']:.1%} of the right ones"
+        ]
+    said = []
+    needed = labels_to_show(target)
+    if found["kept_labels"] < needed:
+        said.append(
+            f"few labels lie above the threshold: they tell as much as {found['kept_labels']} at "
+            f"random, and to show a precision of {target:.1%} takes {needed} even if all are "
+            "right; review more pairs with high scores"
+        )
+    worst = 1 - MORE_NOISE * (1 - target)
+    interval = found["precision_interval"]
+    if interval is not None and interval[0] < worst:
+        said.append(
+            f"the precision may be as low as {interval[0]:.1%} (95 % interval to "
+            f"{interval[1]:.1%}), and {target:.1%} was asked for; review more pairs"
+        )
+    checked = found["held_out"]
+    if checked is not None and (checked["precision"] is None or checked["precision"] < worst):
+        told = "none are kept"
+        if checked["precision"] is not None:
+            told = f"{checked['precision']:.1%} of the {checked['labels']} that are kept are right"
+        said.append(f"of labels that were held out from the search for the threshold, {told}")
+    if found["recall"] < USEFUL_RECALL:
+        order = np.argsort(-in_pool, kind="stable")
+        right = np.cumsum(probability[order])
+        place = int(np.searchsorted(right, USEFUL_RECALL * right[-1]))
+        place = min(place, len(right) - 1)
+        said.append(
+            f"the threshold keeps {found['recall']:.1%} of the right ones; the precision that "
+            f"keeps {USEFUL_RECALL:.0%} of them is {right[place] / (place + 1):.1%}"
+        )
+    return said
 
 
 def more_labels(
@@ -636,6 +843,36 @@ def curves(scores: Floats, match: Bools, weights: Floats, points: int = 60) -> d
         "false_positive": _round(wrong / max(totals[1], 1e-12)),
         "precision": _round(right / np.maximum(right + wrong, 1e-12)),
     }
+
+
+def rates(scores: Floats, match: Bools, weights: Floats, thresholds: list[float]) -> Floats:
+    """True positives, false positives and precision at thresholds, [3, T]; NaN where none pass."""
+    order = np.argsort(scores, kind="stable")
+    above = [
+        np.append(np.cumsum(np.where(each, weights, 0.0)[order][::-1])[::-1], 0.0)
+        for each in (match, ~match)
+    ]
+    # a threshold was rounded to 5 digits
+    place = np.searchsorted(scores[order], np.asarray(thresholds) - 1e-5)
+    right, wrong = above[0][place], above[1][place]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.stack([right / above[0][0], wrong / above[1][0], right / (right + wrong)])
+
+
+def _bands(drawn: list[Floats]) -> dict[str, Any]:
+    """The middle 95 % of resampled true positives and precisions at each threshold: low, high."""
+    if len(drawn) < 20:
+        return {}
+    stacked = np.stack(drawn)
+    found = {}
+    for name, row in (("true_positive", 0), ("precision", 2)):
+        # a resample of which nothing passes says nothing of the precision there
+        values = np.ma.masked_invalid(stacked[:, row])
+        middle = np.ma.filled(np.ma.median(values, axis=0), 0.0)
+        filled = np.where(values.mask, middle, stacked[:, row])
+        low, high = np.percentile(filled, [2.5, 97.5], axis=0)
+        found[f"{name}_interval"] = [_round(low), _round(high)]
+    return found
 
 
 def reliability(

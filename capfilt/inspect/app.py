@@ -356,7 +356,10 @@ class Page:
         given = {
             name: str(values[name]) for name in ("t_itm", "t_itc") if values.get(name) is not None
         }
-        section = self._filter(self._thresholds(given))
+        thresholds = self._thresholds(given)
+        if thresholds.as_run:
+            raise InputError("there is nothing to save yet: the run's own rules are in force")
+        section = self._filter(thresholds)
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", str(values.get("name", ""))).strip("-")[:64]
         if not stem:
             raise InputError("the decision needs a name: letters, digits, - and _")
@@ -422,7 +425,14 @@ class Page:
         return queries.parse_thresholds(params, self.run.thresholds())
 
     def _filter(self, thresholds: queries.Thresholds) -> dict[str, Any]:
-        section = {"itm_threshold": thresholds.itm, "itc_threshold": thresholds.itc}
+        # the run's own rules, where they are no thresholds, give way to what was tried
+        off: dict[str, Any] = {
+            name: False if name == "synthetic_only_where_web_dropped" else None
+            for name in self.run.other_rules()
+        }
+        if "calibration" in off:
+            off["rank_by"] = "itm"  # whatever it was, `probability` needs a calibration
+        section = {"itm_threshold": thresholds.itm, "itc_threshold": thresholds.itc, **off}
         try:
             Filter.model_validate(section)
         except ValidationError as error:

@@ -6,10 +6,12 @@ from typing import Any
 
 from capfilt.evaluation.calibration import Calibration
 
-_SIDE, _MARGIN = 260, 34
+_SIDE, _MARGIN = 268, 42
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1c1f24;--paper:#fff;--line:#2563a8;--faint:#8a919c}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eaee;--paper:#16181c;--line:#7fb2ea;--faint:#7d8590}}
+:root{color-scheme:light dark;--ink:#1c1f24;--paper:#fff;--line:#2563a8;--faint:#8a919c;
+--warn:#b3400f}
+@media(prefers-color-scheme:dark){:root{--ink:#e8eaee;--paper:#16181c;--line:#7fb2ea;
+--faint:#7d8590;--warn:#f2875a}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:2rem auto;
 max-width:60rem;padding:0 1rem}
 table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
@@ -17,6 +19,9 @@ th{font-weight:500}.charts{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0}
 svg text{font:11px system-ui,sans-serif;fill:var(--ink)}figcaption{font-size:.9rem}
 .axis{stroke:var(--faint);fill:none}.guide{stroke:var(--faint);stroke-dasharray:3 3;fill:none}
 .line{stroke:var(--line);stroke-width:2;fill:none}.dot{fill:var(--line)}
+.band{fill:var(--line);opacity:.18}.goal{stroke:var(--warn);stroke-dasharray:5 3;fill:none}
+.warn{border-left:4px solid var(--warn);padding:.2rem 0 .2rem .8rem}
+.warn ul{margin:.2rem 0;padding-left:1.2rem}
 """
 
 
@@ -31,6 +36,12 @@ def calibration_page(calibration: Calibration) -> str:
         f"{escape(str(report.get('labels', 'unknown')))}. Score: {escape(calibration.score)}. "
         f"Matcher {escape(calibration.matcher[:16])}.</p>",
     ]
+    if report.get("warnings"):
+        listed = "".join(f"<li>{escape(str(each))}</li>" for each in report["warnings"])
+        parts.append(
+            "<div class='warn' role='note'><strong>Don't rely on this precision yet.</strong>"
+            f"<ul>{listed}</ul></div>"
+        )
     if report.get("labels") == "made up":
         parts.append(
             "<p>No one judged these pairs: the share of matches was estimated from the scores. "
@@ -43,7 +54,7 @@ def calibration_page(calibration: Calibration) -> str:
             f"{report['noise_ratio']:.1%}.</p>"
         )
     for source, found in report.get("sources", {}).items():
-        parts.append(_section(str(source), found))
+        parts.append(_section(str(source), found, calibration.target))
     return "".join([*parts, "</body></html>\n"])
 
 
@@ -61,6 +72,7 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("kept", f"{found['kept']:,} ({found['kept_share']:.1%})"),
         ("expected precision", _with_interval(found["precision"], found["precision_interval"])),
         ("expected recall", _with_interval(found["recall"], found["recall_interval"])),
+        ("on held-out labels", _held_out(found.get("held_out"))),
         ("expected noise ratio", f"{found['noise_ratio']:.1%}"),
         ("AUC", _with_interval(found["auc"], found["auc_interval"], "{:.3f}")),
         ("curve", str(found["method"])),
@@ -71,6 +83,13 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["more_labels"] is not None:
         rows.append(("labels to halve the interval", f"{found['more_labels']:,} more"))
     return rows
+
+
+def _held_out(found: dict[str, Any] | None) -> str:
+    if not found or found["precision"] is None:
+        return "unknown"
+    kept = f"{found['precision']:.1%} right of {found['labels']:,} kept"
+    return f"{kept}, recall {found['recall']:.1%}"
 
 
 def _with_interval(
@@ -84,7 +103,7 @@ def _with_interval(
     return f"{told} ({form.format(interval[0])} to {form.format(interval[1])})"
 
 
-def _section(source: str, found: dict[str, Any]) -> str:
+def _section(source: str, found: dict[str, Any], target: float) -> str:
     rows = "".join(
         f"<tr><th scope='row'>{escape(name)}</th><td>{escape(value)}</td></tr>"
         for name, value in rows_of(found)
@@ -92,8 +111,25 @@ def _section(source: str, found: dict[str, Any]) -> str:
     curves, bins = found["curves"], found["reliability"]
     recall = curves["true_positive"]
     charts = [
-        _chart("ROC", "false positives", "true positives", curves["false_positive"], recall, True),
-        _chart("Precision and recall", "recall", "precision", recall, curves["precision"], False),
+        _chart(
+            "ROC",
+            "false positives",
+            "true positives",
+            curves["false_positive"],
+            recall,
+            True,
+            band=curves.get("true_positive_interval"),
+        ),
+        _chart(
+            "Precision and recall",
+            "recall",
+            "precision",
+            recall,
+            curves["precision"],
+            False,
+            band=curves.get("precision_interval"),
+            goal=target,
+        ),
         _chart(
             "Reliability (held out)",
             "predicted",
@@ -118,8 +154,10 @@ def _chart(
     y: Sequence[float],
     diagonal: bool,
     dots: bool = False,
+    band: Sequence[Sequence[float]] | None = None,
+    goal: float | None = None,
 ) -> str:
-    """A line in the unit square."""
+    """A line in the unit square, with what 95 % of resamples span, and a level to reach."""
 
     def at(value: float, upwards: bool) -> float:
         return round(_MARGIN + (1 - value if upwards else value) * (_SIDE - 2 * _MARGIN), 1)
@@ -130,6 +168,18 @@ def _chart(
     drawn = [f"<rect class='axis' x='{low}' y='{low}' width='{high - low}' height='{high - low}'/>"]
     if diagonal:
         drawn.append(f"<line class='guide' x1='{low}' y1='{high}' x2='{high}' y2='{low}'/>")
+    if band is not None:
+        there, back = list(zip(x, band[0], strict=True)), list(zip(x, band[1], strict=True))[::-1]
+        outline = " ".join(f"{at(a, False)},{at(b, True)}" for a, b in [*there, *back])
+        drawn.append(
+            f"<polygon class='band' points='{outline}'><title>95 % of resamples</title></polygon>"
+        )
+    if goal is not None:
+        level = at(goal, True)
+        drawn.append(
+            f"<line class='goal' x1='{low}' y1='{level}' x2='{high}' y2='{level}'>"
+            f"<title>asked for: {goal:.1%}</title></line>"
+        )
     drawn.append(f"<polyline class='line' points='{line}'/>")
     if dots:
         drawn += [

@@ -24,10 +24,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 4
+LAYOUT = 5
 """Raised when the duckdb file's tables change."""
 
-_THRESHOLD_REASONS = ("kept", "itm_below_threshold", "itc_below_threshold")
+_THRESHOLD_REASONS = (
+    "kept",
+    "itm_below_threshold",
+    "itc_below_threshold",
+    "fused_below_threshold",
+    "below_precision",
+    "expression",
+    "not_best",
+    "below_top_fraction",
+    "web_text_kept",
+)
+"""What a threshold that is tried stands in the place of; other reasons hold whatever the score."""
 
 
 def import_duckdb() -> Any:

@@ -46,6 +46,13 @@ ORDERS = {
 }
 """What pairs can be sorted by; each ascends from the most interesting."""
 
+_OTHER_RULES = (
+    "fused_threshold",
+    "expression",
+    "best_of",
+    "top_fraction",
+    "synthetic_only_where_web_dropped",
+)
 CHANGES = ("joins", "leaves", "any")
 REVIEWS = ("todo", "mine", "labelled", "disputed", *VERDICTS)
 LARGEST_PAGE = 200
@@ -63,10 +70,12 @@ class Thresholds:
     Attributes:
         itm: ITM probability below which a pair is dropped; None is off.
         itc: ITC similarity below which a pair is dropped; None is off.
+        as_run: what the run decided, by rules that are no such thresholds (a calibration, say).
     """
 
     itm: float | None = 0.5
     itc: float | None = None
+    as_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,7 @@ def parse_thresholds(params: Mapping[str, str], default: Thresholds) -> Threshol
         given = params.get(f"t_{name}")
         if given:
             values[name] = None if given == "off" else _number(params, f"t_{name}")
-    return replace(default, **values)
+    return replace(default, as_run=default.as_run and not values, **values)
 
 
 def _one_of(params: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
@@ -247,6 +256,7 @@ class Run:
     _groups: "OrderedDict[tuple[str, int], pa.Array]" = field(default_factory=OrderedDict)
     _matchers: dict[str, str | None] = field(default_factory=dict)
     _cached: dict[Any, Any] = field(default_factory=dict)
+    _kept: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _label_lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -283,23 +293,45 @@ class Run:
             "shards": len(self.shards),
             "shard_names": self.shards[:500],
             "threshold": {"itm": thresholds.itm, "itc": thresholds.itc},
+            "rules": self.other_rules(),
             "version": self.version,
             "labels": self.label_counts(),
         }
 
     def thresholds(self) -> Thresholds:
         """What the run's decisions were made with; the defaults where there are none yet."""
-        if "thresholds" not in self._cached:
-            found = Thresholds()
+        config = self._decided_with().get("config") or {}
+        if "itm_threshold" not in config:
+            return Thresholds()
+        return Thresholds(
+            config["itm_threshold"], config.get("itc_threshold"), bool(self.other_rules())
+        )
+
+    def other_rules(self) -> dict[str, Any]:
+        """The rules beside ITM's and ITC's thresholds that decided, by their name in `filter`."""
+        record = self._decided_with()
+        config = record.get("config") or {}
+        found = {name: config[name] for name in _OTHER_RULES if config.get(name)}
+        digest = (record.get("weights") or {}).get("calibration")
+        if digest is not None:
+            found["calibration"] = {"target": self._promise().get("target"), "digest": digest}
+        return found
+
+    def _promise(self) -> Mapping[str, Any]:
+        """What the calibration that decided promised; empty where none did."""
+        return self._decided_with().get("calibration") or {}
+
+    def _decided_with(self) -> Mapping[str, Any]:
+        """A manifest of the run's decisions; empty where there are none yet."""
+        if "decisions" not in self._kept:
             for name in self.shards:
                 record = manifest.read(self.run, self.run.manifest("decisions", name))
-                config = (record or {}).get("config")
-                if isinstance(config, Mapping) and "itm_threshold" in config:
-                    found = Thresholds(config["itm_threshold"], config.get("itc_threshold"))
+                if record and isinstance(record.get("config"), Mapping):
+                    self._kept["decisions"] = record
                     break
-            self._cached["thresholds"] = found
-        found_before: Thresholds = self._cached["thresholds"]
-        return found_before
+            else:
+                self._kept["decisions"] = {}
+        return self._kept["decisions"]
 
     def page(
         self,
@@ -333,6 +365,9 @@ class Run:
             query = replace(query, order="pair")
         expression = ORDERS[query.order]
         order_params = dict(params)
+        if query.order == "threshold" and thresholds.as_run and self._promise():
+            expression, limits = _distance_to_calibrated(self._promise())
+            order_params |= limits
         if "$threshold" in expression:
             order_params["threshold"] = 0.5 if thresholds.itm is None else thresholds.itm
         if "$seed" in expression:
@@ -538,6 +573,8 @@ class Run:
 
         The precision comes from labels: `random` from those given in random order (unbiased, with
         Wilson's 95 % interval), `any` from all of them, which is biased to where people looked.
+        Over all, a source weighs as many pairs as would be kept of it, however many of the labels
+        are its own; human pairs, which are kept unseen, weigh nothing.
         """
         self.refresh_labels()
         would, params = _would_keep(thresholds)
@@ -571,6 +608,7 @@ class Run:
         )
         result: dict[str, Any] = {
             "threshold": {"itm": thresholds.itm, "itc": thresholds.itc},
+            "as_run": thresholds.as_run,
             "sources": {},
         }
         numbers = ("pairs", "kept", "would_keep", "joins", "leaves")
@@ -579,10 +617,9 @@ class Run:
             mine = [row for row in labelled if row["source"] == name]
             result["sources"][name]["precision"] = _precision(mine)
         result["all"] = {key: sum(row[key] for row in rows) for key in numbers}
-        # the export's noise is that of web and synthetic texts; human ones are kept unseen
-        result["all"]["precision"] = _precision(
-            [row for row in labelled if row["source"] != "human"]
-        )
+        judged = [row for row in labelled if row["source"] != "human"]
+        parts = {name: part for name, part in result["sources"].items() if name != "human"}
+        result["all"]["precision"] = {"any": _precision(judged)["any"], "random": _pooled(parts)}
         return result
 
     # -- pictures -----------------------------------------------------------------------------
@@ -782,12 +819,34 @@ def _would_keep(thresholds: Thresholds) -> tuple[str, dict[str, float]]:
     """SQL for "these thresholds keep the pair", as the stage `filter` decides."""
     judged = []
     params: dict[str, float] = {}
+    if thresholds.as_run:
+        return "coalesce(p.keep, false)", params
     for name, value in (("itm", thresholds.itm), ("itc", thresholds.itc)):
         if value is not None:
             judged.append(f"coalesce(p.{name}::DOUBLE >= $t_{name}, false)")
             params[f"t_{name}"] = value
     passes = " AND ".join(judged) or "true"
     return f"(p.eligible AND (p.source = 'human' OR ({passes})))", params
+
+
+def _distance_to_calibrated(promise: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """SQL for how far a pair is from its source's calibrated threshold, in the calibrated score."""
+    limits, cases = {}, []
+    for source in SOURCES:
+        threshold = ((promise.get("sources") or {}).get(source) or {}).get("threshold")
+        if threshold is not None:
+            cases.append(f"WHEN '{source}' THEN $calibrated_{source}")
+            limits[f"calibrated_{source}"] = float(threshold)
+    if not cases:
+        return "NULL", {}
+    clipped = "least(greatest(p.itm::DOUBLE, 1e-6), 1 - 1e-6)"
+    logit = f"ln({clipped} / (1 - {clipped}))"
+    score = {"itm": logit, "itc": "p.itc::DOUBLE"}.get(promise["score"])
+    if score is None:
+        score = f"($weight_itm * {logit} + $weight_itc * p.itc::DOUBLE)"
+        weights = (float(each) for each in promise["weights"])
+        limits |= dict(zip(("weight_itm", "weight_itc"), weights, strict=True))
+    return f"abs({score} - CASE p.source {' '.join(cases)} END)", limits
 
 
 def _conditions(
@@ -873,6 +932,42 @@ def _precision(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             "high": high,
         }
     return result
+
+
+def _pooled(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The precision over sources, by random labels; each weighs as many pairs as it would keep.
+
+    The interval is put together from those of the sources (MOVER; Zou and Donner, 2008).
+
+    Returns:
+        As `_precision` gives it for `random`, and the `sources` that have such labels: it is about
+        these alone.
+    """
+    found = {
+        name: part
+        for name, part in sources.items()
+        if part["precision"]["random"]["labels"] and part["would_keep"]
+    }
+    total = sum(part["would_keep"] for part in found.values())
+    shares = [part["would_keep"] / total for part in found.values()]
+    parts = [part["precision"]["random"] for part in found.values()]
+    counts = {name: sum(part[name] for part in parts) for name in ("labels", "unsure")}
+    if not parts:
+        return {**counts, "precision": None, "low": 0.0, "high": 1.0, "sources": []}
+    precision = math.fsum(w * part["precision"] for w, part in zip(shares, parts, strict=True))
+    below, above = (
+        math.hypot(
+            *(w * (part[end] - part["precision"]) for w, part in zip(shares, parts, strict=True))
+        )
+        for end in ("low", "high")
+    )
+    return {
+        **counts,
+        "precision": precision,
+        "low": max(0.0, precision - below),
+        "high": min(1.0, precision + above),
+        "sources": list(found),
+    }
 
 
 def shrink(data: bytes, side_px: int) -> bytes | None:

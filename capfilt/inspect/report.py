@@ -17,7 +17,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from capfilt import manifest
-from capfilt.config import Config
+from capfilt.config import Config, Report
 from capfilt.errors import InputError
 from capfilt.inspect import charts
 from capfilt.inspect.tables import (
@@ -41,7 +41,7 @@ from capfilt.manifest import Identity
 from capfilt.schema import REASONS, SOURCES
 from capfilt.shards import RunDir
 
-VERSION = 1
+VERSION = 2
 MODELS = ("pretrain", "captioner", "matcher")
 STAGE_TABLES = ("images", "features", "captions", "scores", "decisions", "export")
 
@@ -80,17 +80,19 @@ def summary(run: RunDir) -> dict[str, Any]:
         `run`, `pairs_in`, `kept`, `dropped`, `books_close` (as many pairs decided as scored),
         `sources` (by source: `in`, `kept`, `dropped`, `kept_share`, `reasons`), `noise_ratios` (by
         source: `judged` texts, those `filtered` for a score below a threshold, their `share`),
-        `paper_noise_ratios`, `thresholds` (`itm`, `itc`).
+        `paper_noise_ratios`, `thresholds` (`itm`, `itc`), `calibration` (what it promised, with its
+        `warnings` and its `digest`; None where none decided).
     """
     return _summary(run, count_reasons(run))
 
 
-def write_report(run: RunDir, config: Config) -> str:
+def write_report(run: RunDir, config: Config | None) -> str:
     """Writes `report.html` into the run folder.
 
     Args:
         run: a run whose decisions are done.
-        config: its config; `report` and `seed` decide how the page is drawn.
+        config: its config; `report` and `seed` decide how the page is drawn. None draws it by the
+            defaults and without the config.
 
     Returns:
         The path of the page.
@@ -100,9 +102,10 @@ def write_report(run: RunDir, config: Config) -> str:
     """
     if not run.shards("decisions"):
         raise InputError(f"{run.path} has no decisions yet: run `capfilt filter` or `capfilt run`")
+    drawn = Report() if config is None else config.report
     tally, pairs, unscored = _scan(run, config)
     facts = _summary(run, tally)
-    side = config.report.thumbnail_px
+    side = drawn.thumbnail_px
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("capfilt.inspect"),
         autoescape=True,
@@ -135,15 +138,16 @@ def write_report(run: RunDir, config: Config) -> str:
         keep=_keep_curve(tally, facts["thresholds"]["itm"]),
         trainings=_trainings(run),
         grids=[
-            ("kept", "Kept pairs", _cards(run, pairs[True].take(config.report.pairs), side, True)),
+            ("kept", "Kept pairs", _cards(run, pairs[True].take(drawn.pairs), side, True)),
             (
                 "dropped",
                 "Dropped pairs",
-                _cards(run, pairs[False].take(config.report.pairs), side, False),
+                _cards(run, pairs[False].take(drawn.pairs), side, False),
             ),
         ],
         unscored=_unscored(run, unscored.take(_UNSCORED_EXAMPLES * len(NO_PICTURE))),
-        config=yaml.safe_dump(
+        config=config
+        and yaml.safe_dump(
             config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=90
         ),
         stages=_provenance(run),
@@ -153,15 +157,16 @@ def write_report(run: RunDir, config: Config) -> str:
     return path
 
 
-def _scan(run: RunDir, config: Config) -> tuple[Tally, dict[bool, Strata], Strata]:
+def _scan(run: RunDir, config: Config | None) -> tuple[Tally, dict[bool, Strata], Strata]:
     """One pass over scores and decisions: the tally, and rows drawn for the grids and examples."""
+    count, seed = (Report().pairs, 0) if config is None else (config.report.pairs, config.seed)
     tally = Tally()
-    pairs = {True: Strata(config.report.pairs), False: Strata(config.report.pairs)}
+    pairs = {keep: Strata(count) for keep in (True, False)}
     unscored = Strata(_UNSCORED_EXAMPLES)
-    groups = shard_groups(run.shards("decisions"), config.seed)
+    groups = shard_groups(run.shards("decisions"), seed)
     for shard in decided_shards(run):
         tally.add(shard)
-        draws = draw(config.seed, shard.name, len(shard.reason)) + groups[shard.name]
+        draws = draw(seed, shard.name, len(shard.reason)) + groups[shard.name]
         for stratum, rows in _strata(shard):
             reason = stratum[0]
             target = unscored if reason in NO_PICTURE else pairs[reason == "kept"]
@@ -227,6 +232,7 @@ def _summary(run: RunDir, tally: Tally) -> dict[str, Any]:
         "noise_ratios": noise,
         "paper_noise_ratios": PAPER_NOISE_RATIOS,
         "thresholds": _thresholds(run),
+        "calibration": _calibration(run),
     }
 
 
@@ -238,6 +244,18 @@ def _thresholds(run: RunDir) -> dict[str, float | None]:
             config = record.get("config", {})
             return {"itm": config.get("itm_threshold"), "itc": config.get("itc_threshold")}
     return {"itm": None, "itc": None}
+
+
+def _calibration(run: RunDir) -> dict[str, Any] | None:
+    """What the calibration that decided promised, as the decisions' manifests quote it."""
+    for name in run.shards("decisions"):
+        record = manifest.read(run, run.manifest("decisions", name))
+        if record:
+            digest = (record.get("weights") or {}).get("calibration")
+            if digest is None:
+                return None
+            return {"digest": digest, **(record.get("calibration") or {})}
+    return None
 
 
 def _pictures_in(run: RunDir, kind: str) -> int:

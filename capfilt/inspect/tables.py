@@ -22,7 +22,12 @@ from capfilt.schema import REASONS, SOURCES
 from capfilt.shards import RunDir, Shard
 
 REASON_NAMES = tuple(REASONS)
-BELOW_THRESHOLD = ("itm_below_threshold", "itc_below_threshold")
+BELOW_THRESHOLD = (
+    "itm_below_threshold",
+    "itc_below_threshold",
+    "fused_below_threshold",
+    "below_precision",
+)
 NO_PICTURE = ("download_failed", "image_unreadable", "image_too_small", "image_too_large")
 
 ITM_BINS = 200
@@ -232,10 +237,13 @@ def read_pictures(
         with fsspec.open(path, "rb") as file:
             # a shard may be one row group: buffered reading keeps it from being loaded whole
             parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-            batches = parquet.iter_batches(batch_size=256, columns=["key", *columns])
-            for batch in batches:
-                chosen = batch.filter(pc.is_in(batch.column("key"), value_set=wanted))
-                found.update({row["key"]: row for row in chosen.to_pylist()})
+            for group in range(parquet.num_row_groups):
+                there = parquet.read_row_group(group, ["key"]).column("key")
+                if not pc.any(pc.is_in(there, value_set=wanted)).as_py():
+                    continue
+                for batch in parquet.iter_batches(256, [group], ["key", *columns]):
+                    chosen = batch.filter(pc.is_in(batch.column("key"), value_set=wanted))
+                    found.update({row["key"]: row for row in chosen.to_pylist()})
                 if len(found) == len(keys):
                     break
     except FileNotFoundError:

@@ -5,7 +5,7 @@ in the paper; only an empty text, a picture that can't be used or a duplicate dr
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,18 @@ import pyarrow.dataset as ds
 
 from capfilt.config import Filter
 from capfilt.errors import ConfigError, InputError
-from capfilt.evaluation.calibration import Calibration, read_calibration
-from capfilt.expression import IMAGE_COLUMNS, SCORE_COLUMNS, columns_of, compile_expression
+from capfilt.evaluation.calibration import Calibration, cite, read_calibration
+from capfilt.expression import (
+    IMAGE_COLUMNS,
+    SCORE_COLUMNS,
+    columns_of,
+    compile_expression,
+    own_columns_of,
+)
 from capfilt.schema import DECISIONS, IMAGES, SCORES
 from capfilt.shards import RunDir, Shard
 from capfilt.stage import Transform
+from capfilt.stages.lists import read_list
 
 ORDER = (
     "duplicate",
@@ -57,7 +64,8 @@ class FilterStage:
     @property
     def reads(self) -> tuple[str, ...]:
         """The scores, and the pictures' columns where an expression names one."""
-        return ("scores", "images") if _picture_columns(self.config) else ("scores",)
+        pictures = _picture_columns(self.config) or _own_columns(self.config)
+        return ("scores", "images") if pictures else ("scores",)
 
     @property
     def reads_all(self) -> tuple[str, ...]:
@@ -67,20 +75,28 @@ class FilterStage:
         return ("scores",) if self.config.drop_duplicates else ()
 
     def weights(self) -> dict[str, Path]:
-        """No model takes part; the calibration file decides as one would.
+        """No model takes part; the calibration and the user's table decide as one would.
 
         Raises:
-            InputError: that file is not there.
+            InputError: such a file is not there.
         """
-        if self.config.calibration is None:
-            return {}
-        path = Path(self.config.calibration)
-        if not path.is_file():
-            raise InputError(
-                f"filter.calibration: {path} is not there; write it with `capfilt calibrate "
-                "CONFIG`, or set filter.calibration: null"
-            )
-        return {"calibration": path}
+        found = {}
+        if self.config.calibration is not None:
+            found["calibration"] = path = Path(self.config.calibration)
+            if not path.is_file():
+                raise InputError(
+                    f"filter.calibration: {path} is not there; write it with `capfilt calibrate "
+                    "CONFIG`, or set filter.calibration: null"
+                )
+        if self.config.columns is not None and _own_columns(self.config):
+            found["columns"] = path = Path(self.config.columns)
+            if not path.is_file():
+                raise InputError(f"filter.columns: {path} is not there; give the path of a table")
+        return found
+
+    def citation(self) -> dict[str, Any]:
+        """What the calibration promised."""
+        return cite(self.config.calibration)
 
     def open(self, device: str) -> Transform:
         """Finds what needs the whole run, once: the duplicates and where the top fraction ends.
@@ -95,14 +111,16 @@ class FilterStage:
             calibration = read_calibration(config.calibration)
             for name in self.run.shards("scores", ("web",)):
                 calibration.check_matcher(self.run, name)
+        own = None
         if config.expression is not None:
-            _check_types(config.expression)
+            own = read_own(config)
+            _check_types(config.expression, own)
         duplicates = pa.array([], pa.string())
         if config.drop_duplicates:
             duplicates = pa.array(sorted(find_duplicates(self.run)), pa.string())
-        rules = Rules(config, duplicates, calibration)
+        rules = Rules(config, duplicates, calibration, own=own)
         if config.top_fraction is not None:
-            rules = Rules(config, duplicates, calibration, find_cut(self.run, rules))
+            rules = replace(rules, cut=find_cut(self.run, rules))
         return partial(decide, rules=rules)
 
 
@@ -130,12 +148,76 @@ class Rules:
         duplicates: ids of pairs that stand earlier in the run.
         calibration: of `config.calibration`.
         cut: where the top fraction ends; None when there is none, or while it is looked for.
+        own: the user's table, where the expression names a column of it.
     """
 
     config: Filter
     duplicates: pa.Array
     calibration: Calibration | None = None
     cut: Cut | None = None
+    own: "Own | None" = None
+
+
+@dataclass(frozen=True)
+class Own:
+    """The user's own columns.
+
+    Attributes:
+        by: what its rows are of: a column of `scores/` or `images/`.
+        table: that column, and those that the expression names, as `own.name`.
+    """
+
+    by: str
+    table: pa.Table
+
+
+OWN_KEYS = ("pair_id", "uid", "key", "url")
+"""What a user's table may say of which pair or picture a row is; the first that it has counts."""
+
+
+def read_own(config: Filter) -> Own | None:
+    """The user's table, where the expression names a column of it.
+
+    Columns of numbers become float64, also where a CSV holds them as text.
+
+    Raises:
+        InputError: it can't be read, lacks a column, or has two rows for the same pair.
+    """
+    names = _own_columns(config)
+    if not names or config.columns is None:
+        return None
+    table = read_list(config.columns, "filter.columns")
+    by = next((name for name in OWN_KEYS if name in table.column_names), None)
+    if by is None:
+        raise InputError(
+            f"filter.columns: {config.columns} has none of the columns {', '.join(OWN_KEYS)}, so "
+            f"nothing says which pair a row is of; it has {', '.join(table.column_names)}"
+        )
+    for name in names:
+        if name not in table.column_names:
+            raise InputError(
+                f"filter.columns: {config.columns} has no column {name!r}, which filter.expression "
+                f"names; it has {', '.join(table.column_names)}"
+            )
+    keys = table[by].cast(pa.string()).combine_chunks()
+    if pc.count_distinct(keys, mode="all").as_py() != len(keys):
+        counted = pc.value_counts(keys).to_pylist()
+        twice = next(row["values"] for row in counted if row["counts"] > 1)
+        raise InputError(f"filter.columns: {config.columns} has {by} {twice!r} more than once")
+    columns = {by: keys} | {f"own.{name}": _numbers(table[name]) for name in names}
+    return Own(by, pa.table(columns))
+
+
+def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as float64 where all of it is numbers, or numbers as text; else as it is."""
+    try:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = pc.if_else(pc.equal(column, ""), None, column)
+        if pa.types.is_boolean(column.type):
+            return column
+        return column.cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return column
 
 
 def find_duplicates(run: RunDir) -> frozenset[str]:
@@ -251,7 +333,7 @@ def judge(shard: Shard, rules: Rules) -> Judged:
         probability, passes = _calibrated(rules.calibration, scores, itm, itc)
         reason = drop_judged(reason, pa.array(~passes), "below_precision")
     if config.expression is not None:
-        holds = _holds(config.expression, scores, shard)
+        holds = _holds(config.expression, scores, shard, rules.own)
         reason = drop_judged(reason, pc.invert(holds), "expression")
     ranks = {"itm": itm, "itc": itc, "fused": fused, "probability": probability}
     rank = ranks[config.rank_by]
@@ -319,7 +401,13 @@ def _picture_columns(config: Filter) -> list[str]:
     return [name for name in columns_of(config.expression) if name in IMAGE_COLUMNS]
 
 
-def _holds(expression: str, scores: pa.Table, shard: Shard) -> pa.ChunkedArray:
+def _own_columns(config: Filter) -> tuple[str, ...]:
+    return () if config.expression is None else own_columns_of(config.expression)
+
+
+def _holds(
+    expression: str, scores: pa.Table, shard: Shard, own: Own | None = None
+) -> pa.ChunkedArray:
     """Whether the expression is true of a pair (missing is not true), N."""
     wanted = columns_of(expression)
     columns = {name: scores[name] for name in wanted if name in SCORE_COLUMNS}
@@ -328,6 +416,14 @@ def _holds(expression: str, scores: pa.Table, shard: Shard) -> pa.ChunkedArray:
         images = shard.read("images", ["key", *pictures])
         rows = pc.index_in(scores["key"], value_set=images["key"].combine_chunks())
         columns |= {name: images[name].take(rows) for name in pictures}
+    if own is not None:
+        keys = scores[own.by] if own.by != "url" else None
+        if keys is None:
+            images = shard.read("images", ["key", "url"])
+            rows = pc.index_in(scores["key"], value_set=images["key"].combine_chunks())
+            keys = images["url"].take(rows)
+        rows = pc.index_in(keys, value_set=own.table[own.by].combine_chunks(), skip_nulls=True)
+        columns |= {name: own.table[name].take(rows) for name in own.table.column_names[1:]}
     if not columns:
         columns = {"pair_id": scores["pair_id"]}
     return _evaluate(expression, pa.table(columns))
@@ -345,10 +441,12 @@ def _evaluate(expression: str, table: pa.Table) -> pa.ChunkedArray:
         ) from None
 
 
-def _check_types(expression: str) -> None:
+def _check_types(expression: str, own: Own | None = None) -> None:
     """Tries the expression on no rows, so that a wrong type is found before anything is decided."""
     kinds = {name: SCORES.field(name).type for name in SCORE_COLUMNS}
     kinds |= {name: IMAGES.field(name).type for name in IMAGE_COLUMNS}
+    if own is not None:
+        kinds |= {each.name: each.type for each in own.table.schema if each.name != own.by}
     _evaluate(expression, pa.table({name: pa.array([], kind) for name, kind in kinds.items()}))
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.config import Export
 from capfilt.errors import InputError
+from capfilt.evaluation.calibration import cite
 from capfilt.schema import EXPORT
 from capfilt.shards import Shard
 
@@ -25,7 +27,8 @@ class ExportStage:
 
     Attributes:
         config: whether human pairs are exported too.
-        calibration: the file of the filter's thresholds; its digest is cited in the manifests.
+        calibration: the file of the filter's thresholds; the manifests cite its digest, and what it
+            promised.
     """
 
     config: Export
@@ -44,6 +47,10 @@ class ExportStage:
     def weights(self) -> dict[str, Path]:
         """No model; the calibration is cited."""
         return {} if self.calibration is None else {"calibration": self.calibration}
+
+    def citation(self) -> dict[str, Any]:
+        """What the calibration promised, so that the export says it without the file."""
+        return cite(self.calibration)
 
     def open(self, device: str) -> Callable[[Shard], pa.Table]:
         """Needs nothing; the function that it returns makes a shard's table."""

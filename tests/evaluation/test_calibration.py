@@ -204,6 +204,128 @@ def test_clear_errors():
         fit(reviewed(pool, noise, some), pool, 0.99, score="itm")
 
 
+def test_what_is_out_of_reach_says_how_far_it_is():
+    pool, match = web(4000, 0.5)
+    wrong = np.random.default_rng(5).random(4000) < 0.25  # a fourth of the best are wrong too
+    rows = np.random.default_rng(6).choice(4000, 600, False)
+    with pytest.raises(UsageError) as error:
+        fit(reviewed(pool, match & ~wrong, rows), pool, 0.97, score="itm")
+    said = str(error.value)
+    assert "no threshold reaches precision 0.97" in said and "web texts 0." in said
+    best = float(said.split("web texts ")[1].split(" ")[0])
+    assert 0.7 < best < 0.97 and "% of the right ones" in said and "review more pairs" in said
+    lower = float(said.split("--target precision=")[1].split(")")[0])
+    assert lower <= best
+    assert fit(reviewed(pool, match & ~wrong, rows), pool, lower - 0.05, score="itm")
+
+
+def test_a_curve_that_ends_in_a_few_lucky_labels_reaches_nothing():
+    """Isotonic regression says 1.0 at the top where the top ten happen to be right."""
+    scores = np.linspace(0.01, 0.99, 400)
+    pool = cal.Pool(scores, scores, 400)
+    match = np.random.default_rng(0).random(400) < 0.5
+    match[-10:] = True
+    match[-40:-10:2] = False
+    examples = reviewed(pool, match, np.arange(400))
+    with pytest.raises(UsageError, match=r"no threshold reaches precision 0\.95"):
+        fit(examples, pool, 0.95, score="itc")
+
+
+def test_few_labels_above_the_threshold_are_no_promise():
+    pool, match = web(6000, 0.5)
+    some = np.random.default_rng(1).choice(6000, 60, False)
+    part = fit(reviewed(pool, match, some), pool, 0.9, resamples=60).report["sources"]["web"]
+    assert part["kept_labels"] < cal.labels_to_show(0.9) == 35 and cal.labels_to_show(0.95) == 73
+    assert any("few labels lie above the threshold" in each for each in part["warnings"])
+    many = np.random.default_rng(1).choice(6000, 5000, False)
+    found = fit(reviewed(pool, match, many), pool, 0.9, resamples=60)
+    assert found.report["warnings"] == [] == found.report["sources"]["web"]["warnings"]
+    checked = found.report["sources"]["web"]["held_out"]
+    assert abs(checked["precision"] - 0.9) < 0.03 and checked["labels"] > 1000
+    assert abs(checked["recall"] - found.report["sources"]["web"]["recall"]) < 0.05
+
+
+def test_every_reason_to_doubt_is_told():
+    def said(**values):
+        found = {
+            "threshold": 0.5, "kept_labels": 500, "precision_interval": (0.94, 0.96),
+            "held_out": {"precision": 0.95, "recall": 0.8, "labels": 500}, "recall": 0.8,
+            "best_precision": 0.97, "best_recall": 0.5, **values,
+        }  # fmt: skip
+        scores = np.linspace(0, 1, 100)
+        return cal.warnings_of(found, 0.95, scores, scores)
+
+    assert said() == []
+    assert "takes 73" in said(kept_labels=40)[0]
+    assert "as low as 88.0%" in said(precision_interval=(0.88, 0.99))[0]
+    assert said(precision_interval=(0.93, 0.99)) == []
+    assert (
+        "91.0% of the 40 that are kept"
+        in said(held_out={"precision": 0.91, "recall": 0.8, "labels": 40})[0]
+    )
+    assert "none are kept" in said(held_out={"precision": None, "recall": 0.0, "labels": 0})[0]
+    assert "keeps 3.0% of the right ones; the precision that keeps 10%" in said(recall=0.03)[0]
+    assert (
+        "none of them are kept; the best that the labels bear out is 90.0%"
+        in said(threshold=None, best_precision=0.9)[0]
+    )
+
+
+def test_a_source_that_cannot_be_had_is_said_and_the_other_is_kept():
+    pool, match = web(4000, 0.5)
+    other, _ = web(4000, 0.5, seed=9)
+    noise = np.random.default_rng(3).random(4000) < 0.4
+    rows = np.random.default_rng(2).choice(4000, 1500, False)
+    found = cal.calibrate(
+        {"web": reviewed(pool, match, rows), "synthetic": reviewed(other, noise, rows)},
+        {"web": pool, "synthetic": other}, target=0.9, matcher=MATCHER, score="itm", resamples=0,
+    )  # fmt: skip
+    assert found.sources["synthetic"].threshold is None
+    assert found.sources["web"].threshold is not None
+    assert [each for each in found.report["warnings"] if "none of them are kept" in each] == [
+        f"synthetic texts: {found.report['sources']['synthetic']['warnings'][0]}"
+    ]
+    assert not found.keeps(other.itm, other.itc, "synthetic").any()
+    cited = cal.promise(found)
+    assert cited["warnings"] == found.report["warnings"] and cited["target"] == 0.9
+    json.dumps(cited, allow_nan=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.booleans(), st.floats(0.1, 2)), min_size=1, max_size=30), st.integers(1, 8))  # fmt: skip
+def test_the_best_that_can_be_reached(rows, fewest):
+    scores, match, weights = (np.array(column) for column in zip(*rows, strict=True))
+    precision, recall = cal.best_reachable(scores, match, weights, fewest)
+    allowed = {}
+    for threshold in set(scores.tolist()):
+        kept = scores >= threshold
+        if kept.sum() >= min(fewest, len(rows)):
+            right = weights[kept & match].sum()
+            allowed[threshold] = (
+                right / weights[kept].sum(),
+                right / max(weights[match].sum(), 1e-12),
+            )
+    assert precision == pytest.approx(max(each[0] for each in allowed.values()))
+    assert any(
+        (precision, recall) == (pytest.approx(p), pytest.approx(r)) for p, r in allowed.values()
+    )
+
+
+def test_curves_have_bands_that_hold_them():
+    pool, match = web(3000, 0.5)
+    rows = np.random.default_rng(0).choice(3000, 400, False)
+    lines = fit(reviewed(pool, match, rows), pool, 0.8, resamples=60).report["sources"]["web"][
+        "curves"
+    ]
+    for name in ("true_positive", "precision"):
+        low, high = (np.array(each) for each in lines[f"{name}_interval"])
+        line = np.array(lines[name])
+        assert len(low) == len(high) == len(line) and (low <= high).all()
+        inside = (low - 0.02 <= line) & (line <= high + 0.02)
+        assert inside.mean() > 0.9
+    assert "precision_interval" not in fit(reviewed(pool, match, rows), pool, 0.8).report["sources"]["web"]["curves"]  # fmt: skip
+
+
 # --- a run ---------------------------------------------------------------------------------------
 
 
@@ -288,6 +410,90 @@ def test_a_run_is_calibrated_from_its_labels(tmp_path: Path):
         table = decide(Shard(run, name))
         kept += [truth[row["pair_id"]] for row in table.to_pylist() if row["keep"]]
     assert abs(np.mean(kept) - 0.9) < 0.07
+
+
+def config_file(folder: Path) -> Path:
+    path = folder.parent / "run.yaml"
+    path.write_text(
+        f"run_dir: {folder}\nhuman: {{pairs: h.jsonl}}\nweb: {{pairs: w.jsonl}}\npretrain: null\n"
+    )
+    return path
+
+
+def test_an_unreliable_promise_is_told_wherever_it_is_shown(tmp_path: Path, capfilt):
+    run, truth = scored_run(tmp_path / "run")
+    config = config_file(tmp_path / "run")
+    review(tmp_path / "run" / "labels", truth, 90)
+    said = capfilt("calibrate", config, "--target", "precision=0.9")
+    assert said.code == 0, said.err
+    assert "warning: web texts: few labels lie above the threshold" in said.out
+    assert "expected noise ratio of the web and synthetic texts: " in said.out
+    assert "on held-out labels" in said.out
+    path = tmp_path / "run" / "calibration.json"
+    stored = json.loads(path.read_text())["report"]
+    assert stored["warnings"] and stored["target"] == 0.9
+    page = path.with_suffix(".html").read_text()
+    assert "rely on this precision yet" in page and "few labels lie above" in page
+    assert page.count("class='band'") == 4 and page.count("class='goal'") == 2
+    found = capfilt("calibrate", config, "--target", "precision=0.9", "--json").json
+    assert found["warnings"] == stored["warnings"]
+    # the decisions, the export and the report quote it
+    from capfilt.config import Filter, load
+    from capfilt.engine.local import run_stage
+    from capfilt.inspect.report import summary, write_report
+    from capfilt.stages.decide import FilterStage
+    from capfilt.stages.export import ExportStage
+
+    assert run_stage(
+        FilterStage(Filter(calibration=str(path)), run), run, run.shards("scores")
+    ).done
+    quoted = manifest.read(run, run.manifest("decisions", "web-00000"))
+    assert quoted["calibration"]["warnings"] == stored["warnings"]
+    assert ExportStage(load(config).export, path).citation() == {
+        "calibration": quoted["calibration"]
+    }
+    assert ExportStage(load(config).export).citation() == {}
+    facts = summary(run)
+    assert facts["calibration"]["digest"] == quoted["weights"]["calibration"]
+    assert facts["noise_ratios"]["web"]["filtered"] == quoted_below(run)
+    images_for(run)
+    html = Path(write_report(run, load(config))).read_text()
+    assert "What the calibration promised" in html and "few labels lie above" in html
+    assert facts["calibration"]["digest"][:12] in html
+
+
+def quoted_below(run: RunDir) -> int:
+    from capfilt.shards import Shard
+
+    rows = [row for name in run.shards("decisions") for row in Shard(run, name).read("decisions").to_pylist()]  # fmt: skip
+    return sum(row["reason"] == "below_precision" and row["source"] == "web" for row in rows)
+
+
+def images_for(run: RunDir) -> None:
+    """Rows of images/ for the run's pairs, without pictures."""
+    from capfilt.schema import IMAGES
+    from capfilt.shards import Shard
+
+    for name in run.shards("scores"):
+        keys = sorted(set(Shard(run, name).read("scores")["key"].to_pylist()))
+        blank = dict.fromkeys(IMAGES.names)
+        rows = [
+            {**blank, "key": key, "source": "web", "captions": [], "status": "success"}
+            for key in keys
+        ]
+        run.write_table(run.table("images", name), pa.Table.from_pylist(rows, IMAGES))
+        identity = Identity("images", 1, {})
+        manifest.sign(run, run.manifest("images", name), identity, rows=len(rows), counts={}, seconds=0.0)  # fmt: skip
+
+
+def test_a_precision_that_is_out_of_reach_ends_with_2(tmp_path: Path, capfilt):
+    _, truth = scored_run(tmp_path / "run")
+    random = np.random.default_rng(0)
+    review(tmp_path / "run" / "labels", {pair: bool(random.random() < 0.5) for pair in truth}, 400)
+    said = capfilt("calibrate", config_file(tmp_path / "run"), "--target", "precision=0.99")
+    assert said.code == 2 and "no threshold reaches precision 0.99" in said.err
+    assert "synthetic texts 0." in said.err and "ask for less" in said.err
+    assert not (tmp_path / "run" / "calibration.json").exists()
 
 
 def test_votes_drafts_and_unknown_pairs(tmp_path: Path, caplog):

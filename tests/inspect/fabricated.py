@@ -117,6 +117,25 @@ def make_run(folder: Path, shards: int = 2, pictures: int = 30, threshold: float
     return folder
 
 
+def calibrate(folder: Path, score: str = "itm", **config: object) -> dict[str, float]:
+    """Signs the decisions anew, as if a calibration had made them; its thresholds by source."""
+    run = RunDir(str(folder))
+    thresholds = {"web": 0.4, "synthetic": -0.3}
+    promise = {
+        "target": 0.95,
+        "score": score,
+        "weights": [1.0, 2.0],
+        "sources": {name: {"threshold": value} for name, value in thresholds.items()},
+    }
+    for name in run.shards("decisions"):
+        settings = {"itm_threshold": None, "itc_threshold": None, **config}
+        identity = Identity("decisions", 1, settings, {}, {"calibration": "c" * 64})
+        path = run.manifest("decisions", name)
+        extra = {"calibration": promise}
+        manifest.sign(run, path, identity, rows=1, counts={}, seconds=0.0, extra=extra)
+    return thresholds
+
+
 def add_embeddings(folder: Path, width: int = 8, as_binary: bool = False) -> None:
     """Writes embeddings/: a picture and its web text point the same way."""
     run = RunDir(str(folder))

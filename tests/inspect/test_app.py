@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
-from fabricated import HOSTILE, add_embeddings, jpeg, make_run
+from fabricated import HOSTILE, add_embeddings, calibrate, jpeg, make_run
 
 from capfilt import config
 from capfilt.errors import InputError, UsageError
@@ -327,6 +327,28 @@ def test_a_decision_is_saved_as_a_filter_section(server: Server) -> None:
     assert server.ask("/api/decision", {"name": "stricter-one", "t_itm": "0.1"}).status == 409
     assert server.ask("/api/decision", {"name": "...", "t_itm": "0.1"}).status == 400
     assert server.ask("/api/decision", {"name": "x", "t_itm": "7"}).status == 400
+
+
+def test_a_decision_replaces_the_rules_of_the_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    calibrate(folder, rank_by="probability", best_of=1)
+    page = app.open_page(str(folder), reviewer="ann")
+    started, process = start(page)
+    try:
+        assert started.ask("/api/threshold").json["as_run"]
+        said = started.ask("/api/decision", {"name": "same"})
+        assert said.status == 400 and "nothing to save" in said.json["error"]
+        answer = started.ask("/api/decision", {"name": "other", "t_itm": "0.6"}).json
+        run_config = tmp_path / "run.yaml"
+        run_config.write_text(
+            "run_dir: x\nhuman: {pairs: a}\nweb: {pairs: b}\n"
+            "filter: {calibration: c.json, rank_by: probability, best_of: 1}\n"
+        )
+        loaded = config.load(run_config, tuple(answer["set"])).filter
+        assert (loaded.itm_threshold, loaded.calibration, loaded.best_of) == (0.6, None, None)
+    finally:
+        process.should_exit = True
+        page.run.close()
 
 
 def test_search_goes_by_id_text_and_picture(shared: Server) -> None:

@@ -3,17 +3,23 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fabricated import add_embeddings, make_run
+from fabricated import add_embeddings, calibrate, jpeg, make_run
+from PIL import Image
 
 from capfilt.inspect import app
-from capfilt.inspect.labels import read_labels
+from capfilt.inspect.labels import Label, read_labels
+from capfilt.inspect.search import Embedder
+from capfilt.shards import RunDir, Shard
 
 EXTRA = 'the review page is NOT tested: pip install "capfilt[inspect]"'
 pytest.importorskip("duckdb", reason=EXTRA)
@@ -286,6 +292,72 @@ def test_the_threshold_can_be_dragged_and_saved(tab: Any, url: str, folder: Path
     until(tab, "!location.search.includes('t_itm')")
 
 
+def test_the_rules_of_a_calibrated_run_are_said(browser: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    calibrate(made)
+    address, stop = serve(made)
+    try:
+        tab = browser.new_page()
+        show(tab, address)
+        until(tab, "document.querySelector('#rules-text').textContent.includes('95.0 %')")
+        assert tab.inner_text("#threshold-line") == "as the run decided"
+        assert "0 join, 0 leave" in tab.inner_text("#threshold-text")
+        assert tab.locator("#save button").is_disabled()
+        tab.locator(".plot input").first.focus()
+        tab.keyboard.press("End")
+        until(tab, "document.querySelector('#threshold-line').textContent.startsWith('ITM 1.000')")
+        assert tab.locator("#save button").is_enabled()
+        tab.close()
+    finally:
+        stop()
+
+
+def test_search_by_words_and_by_an_own_picture(browser: Any, folder: Path) -> None:
+    embedder = Embedder(lambda text: np.eye(8)[len(text) % 8], lambda data: np.eye(8)[0])
+    address, stop = serve(folder, embedder=embedder)
+    try:
+        tab = browser.new_page()
+        show(tab, address)
+        tab.locator("#search-box summary").click()
+        tab.fill("#near-text", "a dog by the lake")
+        tab.click("#search button[type=submit]")
+        until(tab, "document.querySelector('.card .meta').textContent.includes('similarity')")
+        assert "near_text=a+dog" in tab.url
+        file = {"name": "mine.jpg", "mimeType": "image/jpeg", "buffer": jpeg(3)}
+        tab.set_input_files("#near-picture", file)
+        tab.select_option("#find", "text")
+        tab.click("#search button[type=submit]")
+        until(tab, "location.search.includes('near_upload=')")
+        until(tab, "document.querySelector('.card .meta').textContent.includes('similarity')")
+        tab.click("#search-clear")
+        total(tab, 114)
+        tab.close()
+    finally:
+        stop()
+
+
+def test_labels_are_imported_and_other_reviewers_shown(browser: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    rows = Shard(RunDir(str(made)), "web-00001").read("scores").to_pylist()
+    row = next(row for row in rows if row["pair_id"] == "web-00001-00003/text0")
+    label = Label(row["pair_id"], row["uid"], "wrong", "zoe", "2025-01-31T12:00:00Z")
+    data = (label.line() + "\n").encode()
+    address, stop = serve(made)
+    try:
+        tab = browser.new_page()
+        show(tab, f"{address}/?key={row['pair_id']}")
+        file = {"name": "l.jsonl", "mimeType": "text/plain", "buffer": data}
+        tab.set_input_files("#import", file)
+        until(tab, "document.querySelector('.said')?.textContent === 'zoe: wrong'")
+        assert "1 other reviewer" in tab.inner_text("#label-counts")
+        with tab.expect_download() as downloaded:
+            tab.get_by_role("link", name="Export labels").click()
+        assert Path(downloaded.value.path()).read_bytes() == data
+        tab.close()
+    finally:
+        stop()
+
+
 def test_search_by_a_pair_of_the_run(tab: Any, url: str) -> None:
     show(tab, f"{url}/?key=web-00000-00004/text0")
     tab.locator(".card .picture").click()
@@ -391,6 +463,18 @@ def test_read_only_offers_no_verdicts(browser: Any, folder: Path) -> None:
         tab.close()
     finally:
         stop()
+
+
+def test_the_picture_of_the_readme_can_be_taken(tmp_path: Path) -> None:
+    """In a process of its own: two Playwrights don't fit into one."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks/inspect_picture.py"
+    out = tmp_path / "inspect.png"
+    words = [sys.executable, str(script), "--out", str(out)]
+    said = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    with Image.open(out) as taken, Image.open(script.parents[1] / ".github/inspect.png") as shown:
+        assert taken.size == shown.size
+        assert len(set(taken.convert("RGB").resize((64, 64)).getdata())) > 100
 
 
 def test_a_dead_server_is_said(browser: Any, folder: Path) -> None:

@@ -5,13 +5,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from fabricated import add_embeddings, make_run
+from fabricated import add_embeddings, calibrate, jpeg, make_run
 
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
-from capfilt.inspect import index, queries
+from capfilt.inspect import index, queries, tables
 from capfilt.inspect.labels import Label, utc_now
 from capfilt.inspect.queries import Query, Run, Thresholds, parse_query, parse_thresholds
 from capfilt.inspect.search import open_embeddings
@@ -198,6 +199,35 @@ def test_trying_a_threshold_agrees_with_the_stage_filter(
         assert {pair["pair_id"] for pair in found} == expected
 
 
+@pytest.mark.parametrize("score", ["itm", "itc", "fused"])
+def test_a_calibrated_run_is_shown_as_it_was_decided(tmp_path: Path, score: str) -> None:
+    folder = make_run(tmp_path / "run")
+    limits = calibrate(folder, score, best_of=1)
+    opened = queries.open_run(str(folder))
+    rules = opened.summary()["rules"]
+    assert rules == {"best_of": 1, "calibration": {"target": 0.95, "digest": "c" * 64}}
+    own = opened.thresholds()
+    assert own.as_run
+    result = opened.try_thresholds(own)["all"]
+    assert result["would_keep"] == result["kept"] and result["joins"] == result["leaves"] == 0
+    # near the threshold is near that of the source, in the score that was calibrated
+    pairs = everything(opened, Query(order="threshold"), own)
+
+    def distance(pair: dict[str, Any]) -> float:
+        if pair["itm"] is None:
+            return 1e300
+        logit = np.log(pair["itm"] / (1 - pair["itm"]))
+        values = {"itm": logit, "itc": pair["itc"], "fused": logit + 2 * pair["itc"]}
+        return abs(float(values[score]) - limits[pair["source"]])
+
+    distances = [distance(pair) for pair in pairs]
+    assert distances == pytest.approx(sorted(distances), abs=1e-6) and len(pairs) == 114
+    # a threshold that is tried stands in the place of all that
+    tried = parse_thresholds({"t_itm": "0.4"}, own)
+    assert not tried.as_run and opened.try_thresholds(tried)["all"]["joins"] > 0
+    opened.close()
+
+
 def test_histograms_count_every_scored_pair(run: Run, folder: Path) -> None:
     for score in ("itm", "itc"):
         histogram = run.histogram(score)
@@ -214,6 +244,27 @@ def test_pictures_are_small_new_jpegs_and_nothing_else_is_read(run: Run) -> None
     assert run.thumbnail("web-00000-00009") is None  # not fetched
     for key in ("../../etc/passwd", "/etc/passwd", "web-00000", "web-99999-00000", "", "x\0y"):
         assert run.thumbnail(key) is None
+
+
+def test_a_picture_costs_one_row_group(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", shards=1)
+    where = RunDir(str(folder))
+    path = where.table("images", "web-00000")
+    where.write_table(path, Shard(where, "web-00000").read("images"), rows_a_group=10)
+    opened = queries.open_run(str(folder))
+    for row in (0, 9, 10, 28):
+        found = opened.picture_bytes(f"web-00000-{row:05d}")
+        assert found == (None if row % 10 == 9 else jpeg(row))
+    assert sorted(opened._groups) == [("web-00000", 0), ("web-00000", 1), ("web-00000", 2)]
+    assert {len(cells) for cells in opened._groups.values()} == {10}
+    # the report reads the groups alone that hold a picture that it shows
+    keys = {"web-00000-00003", "web-00000-00021"}
+    rows = tables.read_pictures(where, "web-00000", keys, ["image"])
+    assert {key: row["image"] for key, row in rows.items()} == {
+        "web-00000-00003": jpeg(3),
+        "web-00000-00021": jpeg(21),
+    }
+    opened.close()
 
 
 def test_large_row_groups_are_read_up_to_the_picture(
@@ -321,6 +372,7 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     assert result["random"]["labels"] == 10 and result["random"]["precision"] == 0.8
     assert result["random"]["low"] == pytest.approx(0.490, abs=1e-3)  # Wilson, 8 of 10
     assert result["random"]["high"] == pytest.approx(0.943, abs=1e-3)
+    assert result["random"]["sources"] == ["web"]
     assert len(everything(opened, Query(review="mine"))) == 20
     assert len(everything(opened, Query(review="todo"))) == 94
     assert len(everything(opened, Query(review="wrong"))) == 5
@@ -340,6 +392,26 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     disputed = everything(opened, Query(review="disputed"))
     assert [pair["pair_id"] for pair in disputed] == [pairs[20]["pair_id"]]
     opened.close()
+
+
+def test_the_pooled_precision_weighs_sources_by_what_they_keep() -> None:
+    def part(would_keep: int, right: int, judged: int) -> dict[str, Any]:
+        row = {"at_random": True, "is_right": right, "is_wrong": judged - right, "pairs": judged}
+        return {"would_keep": would_keep, "precision": queries._precision([row])}
+
+    # nine in ten labels are of web texts, and nine in ten kept texts are synthetic
+    found = queries._pooled({"web": part(100, 90, 90), "synthetic": part(900, 5, 10)})
+    assert found["precision"] == pytest.approx(0.1 * 1.0 + 0.9 * 0.5)
+    assert found["labels"] == 100 and found["sources"] == ["web", "synthetic"]
+    low, high = queries.wilson(5, 10)
+    assert found["low"] == pytest.approx(0.55 - 0.9 * (0.5 - low), abs=2e-3)
+    assert found["high"] == pytest.approx(0.55 + 0.9 * (high - 0.5), abs=2e-3)
+    # one source alone has Wilson's own interval, and a source without labels is not spoken for
+    alone = queries._pooled({"web": part(100, 8, 10), "synthetic": part(900, 0, 0)})
+    assert (alone["low"], alone["high"]) == pytest.approx(queries.wilson(8, 10))
+    assert alone["sources"] == ["web"]
+    nothing = queries._pooled({"web": part(0, 8, 10)})
+    assert nothing["precision"] is None and (nothing["low"], nothing["high"]) == (0.0, 1.0)
 
 
 def test_only_an_unfiltered_random_order_counts_as_random() -> None:

@@ -18,6 +18,7 @@ from capfilt.expression import columns_of, compile_expression
 from capfilt.manifest import Identity
 from capfilt.schema import DECISIONS, IMAGES, REASONS, SCORES, check
 from capfilt.shards import RunDir, Shard
+from capfilt.stage import identify, identify_shared
 from capfilt.stages.decide import ORDER, FilterStage, Rules, find_cut, share_of
 
 
@@ -228,6 +229,54 @@ def test_expressions_decide_over_scores_and_pictures(tmp_path):
     assert kept("source not in ('web',)") == []
     assert kept("matches(url, '/[01]$') and abs(itc_sim - 0.1) > -1") == [0, 1]
     assert kept("True") == [0, 1, 2, 3]
+
+
+def test_expressions_decide_over_columns_of_one_s_own(tmp_path):
+    rows = [row(K[n], name, 0.9) for n in range(4) for name in ("text0", "synthetic0")]
+    run = make_run(tmp_path / "run", {"web-00000": rows})
+    scored = {each["pair_id"]: each for each in rows}
+    path = tmp_path / "mine.csv"
+
+    def kept(text: str, expression: str = "own.aesthetic > 5") -> set[str]:
+        path.write_text(text)
+        found = reasons(run, expression=expression, columns=str(path))
+        return {pair for pair, reason in found.items() if reason == "kept"}
+
+    by_key = f"key,aesthetic,tag\n{K[0]},7.5,a\n{K[1]},3,b\n{K[2]},,c\n"
+    first = {f"{K[0]}/text0", f"{K[0]}/synthetic0"}
+    assert kept(by_key) == first  # too low, empty, and not in the table
+    assert kept(by_key, "own.tag in ['a', 'b'] and itm_prob > 0.5 and own.aesthetic < 9") == first | {
+        f"{K[1]}/text0", f"{K[1]}/synthetic0"
+    }  # fmt: skip
+    assert kept(f"pair_id,aesthetic\n{K[3]}/text0,6\n") == {f"{K[3]}/text0"}
+    uid = scored[f"{K[2]}/synthetic0"]["uid"]
+    assert kept(f"uid,aesthetic\n{uid},6\n") == {f"{K[2]}/synthetic0"}
+    urls = Shard(run, "web-00000").read("images").to_pylist()
+    assert kept(f"url,aesthetic\n{urls[1]['url']},6\n") == {
+        f"{urls[1]['key']}/text0", f"{urls[1]['key']}/synthetic0"
+    }  # fmt: skip
+    for text, said in (
+        (f"key,other\n{K[0]},1\n", "no column 'aesthetic'"),
+        ("name,aesthetic\na,1\n", "which pair a row is of"),
+        (f"key,aesthetic\n{K[0]},1\n{K[0]},2\n", "more than once"),
+    ):
+        with pytest.raises(InputError, match=said):
+            kept(text)
+    with pytest.raises(ConfigError, match="does not fit"):
+        kept(by_key, "own.tag > 5")
+    with pytest.raises(ValueError, match="gives no table of your own"):
+        Filter(expression="own.aesthetic > 5")
+    with pytest.raises(ConfigError):
+        compile_expression("caption.aesthetic > 5")
+    # the file's content is part of the identity
+    path.write_text(by_key)
+    stage = FilterStage(Filter(expression="own.aesthetic > 5", columns=str(path)), run)
+    before = identify(stage, run, "web-00000", identify_shared(stage, run)).fingerprint
+    path.write_text(by_key + f"{K[3]},9,d\n")
+    assert identify(stage, run, "web-00000", identify_shared(stage, run)).fingerprint != before
+    path.unlink()
+    with pytest.raises(InputError, match=r"filter\.columns"):
+        stage.weights()
 
 
 @pytest.mark.parametrize(

@@ -421,15 +421,25 @@ async function tryThresholds() {
   }
 }
 
-function showThresholds({ threshold, all, sources }) {
+function ruleNames() {
+  return Object.entries(summary.rules).map(([name, value]) => (name === "calibration"
+    ? `calibration${value.target == null ? "" : ` for a precision of ${percent(value.target)}`}`
+    : value === true ? name : `${name}: ${value}`)).join(", ");
+}
+
+function showThresholds({ threshold, as_run: asRun, all, sources }) {
   const said = (value) => (value == null ? "off" : Number(value).toFixed(3));
-  $("#threshold-line").textContent = `ITM ${said(threshold.itm)}, ITC ${said(threshold.itc)}`;
+  $("#threshold-line").textContent = asRun ? "as the run decided" : `ITM ${said(threshold.itm)}, ITC ${said(threshold.itc)}`;
+  $("#rules-text").hidden = !ruleNames();
+  $("#rules-text").textContent = `The run was decided by ${ruleNames()}. `
+    + "A threshold that is tried or saved here stands in its place.";
+  $("#save button").disabled = asRun;
   $("#threshold-text").textContent = `Keeps ${count(all.would_keep)} of ${count(all.pairs)} pairs `
     + `(${percent(all.pairs ? all.would_keep / all.pairs : 0)}; the run keeps ${count(all.kept)}): `
     + `${count(all.joins)} join, ${count(all.leaves)} leave.`;
   const { random, any } = all.precision;
   $("#precision-text").textContent = random.labels
-    ? `Precision of the kept web and synthetic texts, from ${count(random.labels)} random labels: ${percent(random.precision)} `
+    ? `Precision of the kept ${random.sources.join(" and ")} texts, from ${count(random.labels)} random labels: ${percent(random.precision)} `
       + `(95 % interval ${percent(random.low)} to ${percent(random.high)}; ${count(random.unsure)} unsure left out).`
     : any.labels
       ? `Of ${count(any.labels)} labelled pairs that would be kept, ${percent(any.precision)} are right. They are no random `
@@ -624,7 +634,7 @@ async function start() {
   $("#shards").append(...summary.shard_names.map((shard) => make("option", { value: shard })));
   document.title = `${summary.run} · capfilt inspect`;
   $("#run-name").textContent = summary.run;
-  $("#run-counts").textContent = `${pairs(summary.pairs)}, ${count(summary.pictures)} pictures, ${count(summary.shards)} shards`;
+  $("#run-counts").textContent = `${pairs(summary.pairs)}, ${count(summary.pictures)} pictures, ${count(summary.shards)} ${summary.shards === 1 ? "shard" : "shards"}`;
   $("#read-only").hidden = !summary.read_only;
   for (const part of ["#reviewer-field", "#import-field", "#save"]) $(part).hidden = summary.read_only;
   if (!reviewer()) $("#reviewer").value = summary.reviewer;
