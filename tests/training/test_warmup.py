@@ -31,6 +31,13 @@ LITE = dataclasses.replace(
 SETTINGS = HeadWarmup(steps=120, weighted_steps=60, batch_size=32, lr=3e-3, dropout=0.2)
 
 
+def warm_up(model, tokenizer, stream, folder: Path, *, settings=SETTINGS, **more):
+    more = {"seed": 0, "progress": lambda done, total: None, **more}
+    return warmup.warm_up_heads(
+        model, tokenizer, stream, settings, max_tokens=16, device="cpu", folder=folder / "model", **more
+    )  # fmt: skip
+
+
 @pytest.fixture
 def prepared(tmp_path: Path):
     """Human pairs that fit and web pairs of which every other has its neighbour's features."""
@@ -62,16 +69,8 @@ def prepared(tmp_path: Path):
 def test_web_pairs_that_do_not_fit_weigh_less(prepared, tmp_path: Path) -> None:
     model, tokenizer, stream, wrong = prepared
     seen = []
-    weights = warmup.warm_up_heads(
-        model,
-        tokenizer,
-        stream,
-        SETTINGS,
-        max_tokens=16,
-        seed=0,
-        device="cpu",
-        folder=tmp_path / "model",
-        progress=lambda done, total: seen.append((done, total)),
+    weights = warm_up(
+        model, tokenizer, stream, tmp_path, progress=lambda done, total: seen.append((done, total))
     )
     assert set(weights) == {f"web-00000-{row:05d}" for row in range(40)}
     assert min(weights.values()) == 0.0 and max(weights.values()) == 1.0
@@ -88,17 +87,7 @@ def test_the_same_seed_gives_the_same_heads(prepared, tmp_path: Path) -> None:
     model, tokenizer, stream, _ = prepared
     results = []
     for _ in range(2):
-        weights = warmup.warm_up_heads(
-            model,
-            tokenizer,
-            stream,
-            SETTINGS,
-            max_tokens=16,
-            seed=3,
-            device="cpu",
-            folder=tmp_path / "model",
-            progress=lambda done, total: None,
-        )
+        weights = warm_up(model, tokenizer, stream, tmp_path, seed=3)
         results.append((weights, model.temp.item()))
     assert results[0] == results[1]
 
@@ -106,17 +95,7 @@ def test_the_same_seed_gives_the_same_heads(prepared, tmp_path: Path) -> None:
 def test_the_towers_are_not_touched(prepared, tmp_path: Path) -> None:
     model, tokenizer, stream, _ = prepared
     before = {n: p.clone() for n, p in model.named_parameters() if n.startswith("encoder.")}
-    warmup.warm_up_heads(
-        model,
-        tokenizer,
-        stream,
-        HeadWarmup(steps=3, weighted_steps=3),
-        max_tokens=16,
-        seed=0,
-        device="cpu",
-        folder=tmp_path / "model",
-        progress=lambda done, total: None,
-    )
+    warm_up(model, tokenizer, stream, tmp_path, settings=HeadWarmup(steps=3, weighted_steps=3))
     for name, parameter in model.named_parameters():
         if name in before:
             assert torch.equal(parameter, before[name])
@@ -127,15 +106,12 @@ def test_further_rounds_and_heads(prepared, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MED(dataclasses.replace(LITE, itc_heads=2, embed_dim=64))
     seen = []
-    weights = warmup.warm_up_heads(
+    weights = warm_up(
         model,
         tokenizer,
         stream,
-        SETTINGS.model_copy(update={"rounds": 2}),
-        max_tokens=16,
-        seed=0,
-        device="cpu",
-        folder=tmp_path / "model",
+        tmp_path,
+        settings=SETTINGS.model_copy(update={"rounds": 2}),
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (240, 240) and [done for done, _ in seen] == list(range(1, 241))
@@ -151,17 +127,7 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     torch.manual_seed(0)
     config = dataclasses.replace(LITE, pooled_components=16, itm_bank=150)
     model = MED(config)
-    weights = warmup.warm_up_heads(
-        model,
-        tokenizer,
-        stream,
-        SETTINGS,
-        max_tokens=16,
-        seed=0,
-        device="cpu",
-        folder=tmp_path / "model",
-        progress=lambda done, total: None,
-    )
+    weights = warm_up(model, tokenizer, stream, tmp_path)
     right = np.mean([weight for key, weight in weights.items() if key not in wrong])
     assert right > np.mean([weights[key] for key in wrong]) + 0.2
     start = model.itm_start
@@ -191,16 +157,11 @@ def test_channel_scale_is_that_of_all_cells() -> None:
 
 def test_what_people_said_of_a_text_outweighs_the_heads(prepared, tmp_path: Path) -> None:
     model, tokenizer, stream, _ = prepared
-    weights = warmup.warm_up_heads(
+    weights = warm_up(
         model,
         tokenizer,
         stream,
-        SETTINGS,
-        max_tokens=16,
-        seed=0,
-        device="cpu",
-        folder=tmp_path / "model",
-        progress=lambda done, total: None,
+        tmp_path,
         reviewed={"web-00000-00000": False, "web-00000-00003": True, "web-00009-00000": True},
     )
     assert weights["web-00000-00000"] == 0.0 and weights["web-00000-00003"] == 1.0
