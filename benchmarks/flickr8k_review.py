@@ -37,7 +37,7 @@ from capfilt.shards import RunDir
 from capfilt.stages.score import score_pairs
 
 CONFIG = "pipelines/flickr8k-small.yaml"
-TEACH = ["matcher.head_warmup=null", "matcher.web_pairs=false", "matcher.epochs=1.5",
+TEACH = ["matcher.head_warmup=null", "matcher.web_pairs=false", "matcher.epochs=0.25",
          "matcher.labels_per_step=32"]  # fmt: skip
 
 
