@@ -32,6 +32,18 @@ REASONS = {
 }
 """Why a pair is kept or dropped. A decision has exactly one of these."""
 
+RULE_REASONS = (
+    "itm_below_threshold",
+    "itc_below_threshold",
+    "fused_below_threshold",
+    "below_precision",
+    "expression",
+    "not_best",
+    "below_top_fraction",
+    "web_text_kept",
+)
+"""Those of the rules over scores and columns, in the order in which `filter` looks for them."""
+
 
 def pair_uid(sha256: str, caption: str) -> str:
     """The content address of a pair: sha256 of the picture's digest, a newline and the text."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 from capfilt import manifest
 from capfilt.errors import MissingExtraError
 from capfilt.manifest import canonical_json
+from capfilt.schema import RULE_REASONS
 from capfilt.shards import RunDir, Shard
 
 if TYPE_CHECKING:
@@ -27,17 +28,7 @@ log = logging.getLogger(__name__)
 LAYOUT = 5
 """Raised when the duckdb file's tables change."""
 
-_THRESHOLD_REASONS = (
-    "kept",
-    "itm_below_threshold",
-    "itc_below_threshold",
-    "fused_below_threshold",
-    "below_precision",
-    "expression",
-    "not_best",
-    "below_top_fraction",
-    "web_text_kept",
-)
+_THRESHOLD_REASONS = ("kept", *RULE_REASONS)
 """What a threshold that is tried stands in the place of; other reasons hold whatever the score."""
 
 

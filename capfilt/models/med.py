@@ -972,6 +972,21 @@ class MED(nn.Module):
 
     # image-grounded text encoder (ITM)
 
+    def itm_start_of(self, images: Tensor, texts: Tensor) -> Tensor | None:
+        """What `itm_logits` starts from.
+
+        Args:
+            images: ITC embeddings `[N, E]`.
+            texts: `[N, E]`, the texts of these pictures.
+
+        Returns:
+            `[N]`, the log-odds of a match that ITC sees; None without `itm_from_itc`.
+        """
+        if not self.config.itm_from_itc:
+            return None
+        start: Tensor = self.itm_start(images, texts)
+        return start
+
     def itm_logits(
         self,
         input_ids: Tensor,
@@ -989,7 +1004,7 @@ class MED(nn.Module):
             cross_kv: from `cross_keys_values(..., "encoder")`, of B images.
             image_index: `[N]` int64, the row of `cross_kv` for each text; None when the texts come
                 in image order.
-            start: `[N]`, `itm_start` of the pair's ITC embeddings; needed with `itm_from_itc`.
+            start: `[N]`, from `itm_start_of`; needed with `itm_from_itc`.
 
         Returns:
             Logits `[N, 2]`; class 1 is a match.
@@ -999,7 +1014,7 @@ class MED(nn.Module):
         if self.config.itm_from_itc:
             if start is None:
                 raise ValueError(
-                    "a model with itm_from_itc needs start, which itm_start works out from the "
+                    "a model with itm_from_itc needs start, which itm_start_of works out from the "
                     "ITC embeddings of each pair"
                 )
             logits = torch.stack([logits[:, 0], logits[:, 1] + start.to(logits.dtype)], dim=1)

@@ -25,22 +25,12 @@ from capfilt.expression import (
     compile_expression,
     own_columns_of,
 )
-from capfilt.schema import DECISIONS, IMAGES, SCORES
+from capfilt.schema import DECISIONS, IMAGES, RULE_REASONS, SCORES
 from capfilt.shards import RunDir, Shard
 from capfilt.stage import Transform
 from capfilt.stages.lists import read_list
 
-ORDER = (
-    "duplicate",
-    "itm_below_threshold",
-    "itc_below_threshold",
-    "fused_below_threshold",
-    "below_precision",
-    "expression",
-    "not_best",
-    "below_top_fraction",
-    "web_text_kept",
-)
+ORDER = ("duplicate", *RULE_REASONS)
 """Reasons in the order in which they are looked for; before them all comes having no score."""
 
 MOST_AT_ONCE = 1_000_000

@@ -205,7 +205,7 @@ def labelled_itm(
     first, first_mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
     with torch.no_grad():
         known_texts = model.embed_text(first.to(device), first_mask.to(device))
-    start = model.itm_start(known, known_texts) if model.config.itm_from_itc else None
+    start = model.itm_start_of(known, known_texts)
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
     cross = model.cross_keys_values(model.adapt(features, known), "encoder")
     rows = torch.arange(len(texts), device=device)

@@ -240,9 +240,7 @@ def itm_objective(
             text_embeds = torch.cat(
                 [text_embeds, model.embed_text(first.to(device), first_mask.to(device))]
             )
-    start_logits = None
-    if model.config.itm_from_itc:
-        start_logits = model.itm_start(images[image_rows], text_embeds)
+    itm_start = model.itm_start_of(images[image_rows], text_embeds)
     image_index = image_rows
     if ranks.world_size() > 1:
         # hard images of other processes: their keys and values are computed from their tokens
@@ -257,7 +255,7 @@ def itm_objective(
         begin = count + int(keep_text.sum())
         hard = slice(begin, begin + int(keep_image.sum()))
         image_index[hard] = torch.arange(count, count + hard.stop - hard.start, device=device)
-    logits = model.itm_logits(ids, mask, cross, image_index=image_index, start=start_logits)
+    logits = model.itm_logits(ids, mask, cross, image_index=image_index, start=itm_start)
     weights = None
     counted = torch.tensor(float(len(pairs)), device=device)
     if weight is not None:

@@ -171,13 +171,13 @@ def warm_up_heads(
     everything = np.arange(len(pooled.keys))
     fresh = [p.detach().clone() for p in _head_parameters(model)]
     weights: dict[str, float] = {}
+    verdicts = {key: float(right) for key, right in (reviewed or {}).items()}
     if len(web):
         total = config.steps + config.rounds * config.weighted_steps
         fit = _Fit(model, pooled, config, seed)
         fit.run(np.flatnonzero(pooled.human), None, config.steps, lambda n: progress(n, total))
         for number in range(config.rounds):
             weights = weigh(model, pooled, web)
-            verdicts = {key: float(right) for key, right in (reviewed or {}).items()}
             weights |= {key: verdicts[key] for key in weights.keys() & verdicts.keys()}
             # a new start: what the round before learned is in the weights
             with torch.no_grad():
