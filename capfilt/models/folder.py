@@ -34,6 +34,7 @@ def med_config(config: Model) -> med.MEDConfig:
             lite_levels=config.lite_levels,
             pooled_components=config.pooled_components,
             itm_bank=config.itm_bank,
+            itm_words=config.itm_words,
             image_size_px=config.image_size_px or med.VARIANTS[first].image_size_px,
             grid_side=config.grid_side,
             itc_heads=config.itc_heads,

@@ -36,10 +36,12 @@ from capfilt.models.efficientnet_lite import (
     load_imagenet,
     map_channels,
 )
+from capfilt.models.itm_start import ITMStart
 from capfilt.models.vit import ViT
 from capfilt.models.weights import lite_weights, minilm_folder
 
 CLS_ID, SEP_ID, PAD_ID, DEC_ID, ENC_ID = 101, 102, 0, 30522, 30523
+SPECIAL_IDS = (CLS_ID, SEP_ID, PAD_ID, DEC_ID, ENC_ID)
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, each `[B, H, P, D / H]`."""
@@ -105,6 +107,7 @@ class MEDConfig:
             `ITMStart`.
         itm_bank: pictures and texts, as many of each, that `ITMStart` compares a pair with; 0
             leaves only the similarity.
+        itm_words: words whose presence `ITMStart` foresees in a picture; 0 for none.
     """
 
     image_tower: str = "vit"
@@ -141,6 +144,7 @@ class MEDConfig:
     itc_token: bool = False
     itm_from_itc: bool = False
     itm_bank: int = 0
+    itm_words: int = 0
 
     def __post_init__(self) -> None:
         choices = {
@@ -632,74 +636,6 @@ def zero_last_layer(head: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-class ITMStart(nn.Module):
-    """What ITC says of a pair, as a logit that ITM starts from: a logistic regression.
-
-    Besides the similarity of the two it may look at how common each of them is. A plain text ("a
-    man outside") is similar to many pictures, so its similarity with one of them says little; what
-    it has in common with a bank of other pictures is held against it, and in the same way for the
-    picture. And at the text alone: advertisements and file names don't sound like captions.
-
-    Dimensions: N pairs, K pictures and K texts of the bank, E ITC embedding.
-    """
-
-    SHARPNESS = 20.0
-    """Similarities with the bank are averaged by log-mean-exp of so many times their value: the
-    closest neighbours count most."""
-
-    def __init__(self, config: MEDConfig) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(10.0))
-        self.bias = nn.Parameter(torch.tensor(0.0))
-        self.has_bank = config.itm_bank > 0
-        if self.has_bank:
-            self.bank_images = nn.Buffer(torch.zeros(config.itm_bank, config.embed_dim))
-            self.bank_texts = nn.Buffer(torch.zeros(config.itm_bank, config.embed_dim))
-            self.commonness = nn.Parameter(torch.zeros(2))
-            self.style = nn.Linear(config.embed_dim, 1)
-            self.style_scale = nn.Parameter(torch.tensor(0.0))
-
-    def evidence(self, images: Tensor, texts: Tensor) -> Tensor:
-        """What the regression reads.
-
-        Args:
-            images: ITC embeddings `[N, E]`.
-            texts: `[N, E]`, the texts of these pictures.
-
-        Returns:
-            `[N, 4]`: similarity, commonness of the text and of the picture, style of the text (0
-            for a caption, below for what does not sound like one). `[N, 1]` without a bank.
-        """
-        similarity = (images * texts).sum(-1)
-        if not self.has_bank:
-            return similarity[:, None]
-        common = [
-            (torch.logsumexp(self.SHARPNESS * ours @ bank.T, 1) - math.log(len(bank)))
-            / self.SHARPNESS
-            for ours, bank in ((texts, self.bank_images), (images, self.bank_texts))
-        ]
-        style = self.style(texts)[:, 0].clamp(max=0.0)
-        return torch.stack([similarity, *common, style], dim=1)
-
-    def weights(self) -> Tensor:
-        """The regression's weights, `[4]` (or `[1]` without a bank), in the order of `evidence`."""
-        if not self.has_bank:
-            return self.scale[None]
-        return torch.cat([self.scale[None], self.commonness, self.style_scale[None]])
-
-    def set_weights(self, weights: Tensor, bias: float) -> None:
-        """Sets the regression: `[4]` (or `[1]` without a bank), in the order of `evidence`."""
-        self.scale.copy_(weights[0])
-        self.bias.fill_(bias)
-        if self.has_bank:
-            self.commonness.copy_(weights[1:3])
-            self.style_scale.copy_(weights[3])
-
-    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Log-odds of a match, `[N]`, from the ITC embeddings `[N, E]` of pictures and texts."""
-        return self.evidence(images, texts) @ self.weights() + self.bias
-
-
 class MED(nn.Module):
     """Multimodal mixture of encoder-decoder (paper, section 3.1).
 
@@ -770,7 +706,13 @@ class MED(nn.Module):
         if config.text_pool == "pooler":
             self.text_pooler = nn.Linear(config.text_width, config.text_width)
         if config.itm_from_itc:
-            self.itm_start = ITMStart(config)
+            self.itm_start = ITMStart(
+                config.embed_dim,
+                bank=config.itm_bank,
+                words=config.itm_words,
+                vocab_size=config.vocab_size,
+                special_ids=[id_ for id_ in SPECIAL_IDS if id_ < config.vocab_size],
+            )
 
         for name, module in self.named_modules():
             if name.startswith("vision."):
@@ -972,19 +914,20 @@ class MED(nn.Module):
 
     # image-grounded text encoder (ITM)
 
-    def itm_start_of(self, images: Tensor, texts: Tensor) -> Tensor | None:
+    def itm_start_of(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor | None:
         """What `itm_logits` starts from.
 
         Args:
             images: ITC embeddings `[N, E]`.
             texts: `[N, E]`, the texts of these pictures.
+            ids: `[N, L]`, the tokens of these texts; which first token doesn't matter.
 
         Returns:
             `[N]`, the log-odds of a match that ITC sees; None without `itm_from_itc`.
         """
         if not self.config.itm_from_itc:
             return None
-        start: Tensor = self.itm_start(images, texts)
+        start: Tensor = self.itm_start(images, texts, ids)
         return start
 
     def itm_logits(

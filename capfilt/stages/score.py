@@ -183,7 +183,7 @@ def score_pairs(
         ids, mask = ids.to(device), mask.to(device)
         embeds = model.embed_text(ids, mask)
         similarity = (images[rows] * embeds).sum(-1)
-        itm_start = model.itm_start_of(images[rows], embeds)
+        itm_start = model.itm_start_of(images[rows], embeds, ids)
         if config.first_token == "enc":
             ids, mask = tokenize(tokenizer, part, config.max_tokens, first_token="enc")  # type: ignore[arg-type]
             ids, mask = ids.to(device), mask.to(device)

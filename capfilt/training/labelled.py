@@ -29,6 +29,9 @@ from capfilt.shards import RunDir, Shard
 
 log = logging.getLogger(__name__)
 
+PULL = 10.0
+"""How strongly `fit_start` holds the weights: as much as some 40 pairs or more would."""
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -154,22 +157,26 @@ def fit_start(
         ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
         features = _features(model, labelled, labelled.rows[rows].tolist(), device)
         known = model.embed_text(ids.to(device), mask.to(device))
-        parts.append(start.evidence(model.known_image(features), known).cpu())
+        parts.append(start.evidence(model.known_image(features), known, ids.to(device)).cpu())
     evidence, match = torch.cat(parts).double(), labelled.match.double()
-    before = torch.cat([start.weights().cpu().double(), start.bias.cpu().double()[None]])
+    before = torch.cat([start.weights.cpu().double(), start.bias.cpu().double()[None]])
     design = torch.cat([evidence, torch.ones(len(evidence), 1)], dim=1)
-    # a weight may easily move by what makes one logit of a typical difference between pairs
+    # the unit that a weight moves in: what makes one logit of a typical difference between pairs
     size = torch.cat([evidence.std(0, correction=0).clamp(min=0.01), torch.ones(1)])
+    # pairs chosen near the threshold differ little in their score: only a strong pull keeps the
+    # weights from explaining them by chance; the bias may follow them
+    pull = size.square() * torch.cat([torch.full((len(size) - 1,), PULL), torch.ones(1)])
     found = before.clone()
     for _ in range(50):  # Newton's method on a convex loss: it needs some ten steps
         probability = (design @ found).sigmoid()
-        gradient = design.T @ (probability - match) + size.square() * (found - before)
+        gradient = design.T @ (probability - match) + pull * (found - before)
         weight = (probability * (1 - probability))[:, None]
-        hessian = design.T @ (design * weight) + size.square().diag()
+        hessian = design.T @ (design * weight) + pull.diag()
         step = torch.linalg.solve(hessian, gradient)
         # a full step may overshoot where all pairs are told apart with certainty
         found = found - step / max(1.0, float((step * size).abs().max()) / 2)
-    start.set_weights(found[:-1].float(), float(found[-1]))
+    start.weights.copy_(found[:-1])
+    start.bias.fill_(float(found[-1]))
 
 
 def labelled_itm(
@@ -205,8 +212,8 @@ def labelled_itm(
     first, first_mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
     with torch.no_grad():
         known_texts = model.embed_text(first.to(device), first_mask.to(device))
-    start = model.itm_start_of(known, known_texts)
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
+    start = model.itm_start_of(known, known_texts, ids.to(device))
     cross = model.cross_keys_values(model.adapt(features, known), "encoder")
     rows = torch.arange(len(texts), device=device)
     logits = model.itm_logits(ids.to(device), mask.to(device), cross, image_index=rows, start=start)

@@ -240,7 +240,7 @@ def itm_objective(
             text_embeds = torch.cat(
                 [text_embeds, model.embed_text(first.to(device), first_mask.to(device))]
             )
-    itm_start = model.itm_start_of(images[image_rows], text_embeds)
+    itm_start = model.itm_start_of(images[image_rows], text_embeds, ids)
     image_index = image_rows
     if ranks.world_size() > 1:
         # hard images of other processes: their keys and values are computed from their tokens

@@ -11,6 +11,7 @@ Dimensions: N pictures, M distinct texts, B batch, E ITC embedding.
 import json
 import math
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
+from capfilt.models.itm_start import WordDetectors
 from capfilt.models.med import MED, Dropout, zero_last_layer
 from capfilt.models.tokens import tokenize
 from capfilt.training import ranks
@@ -32,7 +35,13 @@ TEXTS_AT_A_TIME = 128
 COMMONNESS = 0.35
 """How much the commonness of a text, and of a picture, counts against their similarity. Fitted to
 pairs that the heads had not seen, logistic regression gives 0.3 to 0.45 (Flickr8k)."""
-STYLE = 0.02
+WORDS = 0.003
+"""How much one unit of log probability that the text's words lack counts."""
+WORD_MIN_COUNT = 6
+"""A word must stand in so many texts to get a detector."""
+WORD_STEPS = 600
+WORD_LR = 2e-3
+STYLE = 0.04
 """How much one unit (log-odds) of style counts beside the similarity."""
 
 
@@ -44,13 +53,15 @@ class Pooled:
         keys: of the pictures, N.
         human: bool `[N]`.
         images: `[N, pooled_width]`, what ITC's image head reads.
-        texts: `[M, D]`, pooled encoder output of each distinct text.
+        captions: M distinct texts, cleaned.
+        texts: `[M, D]`, their pooled encoder output.
         owned: for each picture the rows of `texts` that are its own.
     """
 
     keys: list[str]
     human: np.ndarray
     images: Tensor
+    captions: list[str]
     texts: Tensor
     owned: list[list[int]]
 
@@ -87,16 +98,16 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
     pooled = torch.cat(images)
     if model.config.pooled_components is not None:
         model.set_components(pooled)
-    captions = [texts for shard in stream.inventory.captions.values() for texts in shard]
-    distinct = {
-        text: row for row, text in enumerate(sorted({t for own in captions for t in own}, key=len))
-    }
+    owned = [texts for shard in stream.inventory.captions.values() for texts in shard]
+    captions = sorted({text for own in owned for text in own}, key=len)
+    place = {text: row for row, text in enumerate(captions)}
     return Pooled(
         keys,
         np.array(human),
         model.reduce(pooled).clone(),
-        pool_texts(model, tokenizer, list(distinct), max_tokens, device).clone(),
-        [[distinct[text] for text in own] for own in captions],
+        captions,
+        pool_texts(model, tokenizer, captions, max_tokens, device).clone(),
+        [[place[text] for text in own] for own in owned],
     )
 
 
@@ -194,7 +205,7 @@ def warm_up_heads(
             everything, None, config.steps, lambda n: progress(n, config.steps)
         )
     if model.config.itm_from_itc:
-        start_itm_from_itc(model, pooled, weights, seed)
+        start_itm_from_itc(model, tokenizer, pooled, weights, max_tokens, seed)
     if not ranks.is_first():
         return weights
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,8 +255,14 @@ def reset_heads(model: MED, dropout: float) -> None:
         before.probability, between.probability = dropout / 2, dropout
 
 
-@torch.no_grad()
-def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], seed: int) -> None:
+def start_itm_from_itc(
+    model: MED,
+    tokenizer: Any,
+    pooled: Pooled,
+    weights: dict[str, float],
+    max_tokens: int,
+    seed: int,
+) -> None:
     """Sets `ITMStart`: scale and bias by logistic regression on what the ITC embeddings say.
 
     Positives are the web pairs, by their weight (all pairs where there is no web); negatives are
@@ -257,36 +274,46 @@ def start_itm_from_itc(model: MED, pooled: Pooled, weights: dict[str, float], se
     model.eval()
     rng = np.random.default_rng([seed, 11])
     start = model.itm_start
-    images = model.project_image(pooled.images)
-    texts = model.project_text(pooled.texts)
+    with torch.no_grad():
+        images = model.project_image(pooled.images)
+        texts = model.project_text(pooled.texts)
+    ids = tokenize(tokenizer, pooled.captions, max_tokens)[0].to(images.device)
     own = torch.tensor([texts[0] for texts in pooled.owned])
     other = own[torch.from_numpy(rng.permutation(len(own)))]
+    believed = np.array([weights.get(key, 1.0) for key in pooled.keys])
+    # not fitted: pairs that were trained on make similarity look better than it is
+    shares = [1.0]
     if start.has_bank:
         _fill_bank(start.bank_images, images, rng)
         _fill_bank(start.bank_texts, texts[own], rng)
         _learn_style(start.style, texts, pooled)
-    believed = np.array([weights.get(key, 1.0) for key in pooled.keys])
+        shares += [-COMMONNESS, -COMMONNESS, STYLE]
+    if start.words is not None:
+        _learn_words(start.words, images, ids, pooled, believed, seed)
+        shares += [WORDS]
     # where there are web pairs they decide: a human pair that was trained on looks too good
     chosen = ~pooled.human if weights else np.ones(len(believed), bool)
     believed = believed[chosen]
-    shares = torch.tensor([1.0])
-    if start.has_bank:
-        # not fitted: pairs that were trained on make similarity look better than it is
-        shares = torch.tensor([1.0, -COMMONNESS, -COMMONNESS, STYLE])
-    shares = shares.to(images.device)
-    right = (start.evidence(images, texts[own]) @ shares).cpu().numpy()[chosen]
-    wrong = (start.evidence(images, texts[other]) @ shares).cpu().numpy()[chosen]
+    direction = torch.tensor(shares, device=images.device)
+    with torch.no_grad():
+        right, wrong = (
+            (start.evidence(images, texts[rows], ids[rows]) @ direction).cpu().numpy()[chosen]
+            for rows in (own, other)
+        )
     fit = LogisticRegression(C=1e6).fit(
         np.concatenate([right, wrong])[:, None],
         np.repeat([1, 0], [len(right), len(wrong)]),
         np.concatenate([believed, np.full(len(wrong), max(0.1, 1 - float(believed.mean())))]),
     )
-    start.set_weights(float(fit.coef_[0, 0]) * shares, float(fit.intercept_[0]))
+    with torch.no_grad():
+        start.weights.copy_(float(fit.coef_[0, 0]) * direction)
+        start.bias.fill_(float(fit.intercept_[0]))
     # and nothing else yet: its own logits start at the same value for both classes
     nn.init.zeros_(model.itm_head.weight)
     nn.init.zeros_(model.itm_head.bias)
 
 
+@torch.no_grad()
 def _fill_bank(bank: Tensor, embeds: Tensor, rng: np.random.Generator) -> None:
     """Draws the bank's rows from `[N, E]`; where there are fewer, some of them stand twice."""
     rows = np.concatenate(
@@ -295,6 +322,7 @@ def _fill_bank(bank: Tensor, embeds: Tensor, rng: np.random.Generator) -> None:
     bank.copy_(embeds[torch.from_numpy(rows[: len(bank)])])
 
 
+@torch.no_grad()
 def _learn_style(style: nn.Linear, texts: Tensor, pooled: Pooled) -> None:
     """Teaches `style` to tell what people wrote (above 0) from what stands on the web (below).
 
@@ -313,6 +341,80 @@ def _learn_style(style: nn.Linear, texts: Tensor, pooled: Pooled) -> None:
     )
     style.weight.copy_(torch.from_numpy(fit.coef_))
     style.bias.copy_(torch.from_numpy(fit.intercept_))
+
+
+def _learn_words(
+    words: WordDetectors,
+    images: Tensor,
+    ids: Tensor,
+    pooled: Pooled,
+    believed: np.ndarray,
+    seed: int,
+) -> None:
+    """Teaches the detectors which words stand in a picture's texts: logistic loss on each word.
+
+    Args:
+        words: trained in place; those it knows are the most frequent ones.
+        images: ITC embeddings `[N, E]`.
+        ids: tokens of the distinct texts, `[M, L]`.
+        pooled: which texts are whose.
+        believed: `[N]`, how much the texts of a picture count; people's count twice.
+        seed: of the draws.
+    """
+    size = len(words.prior)
+    words_of = [set(row.tolist()) for row in ids.cpu()]
+    special = set(torch.nonzero(words.columns == size)[:, 0].tolist())
+    weight = believed * np.where(pooled.human, 2.0, 1.0)
+    counts: defaultdict[int, float] = defaultdict(float)
+    shares: list[dict[int, float]] = []
+    for own, heavy in zip(pooled.owned, weight, strict=True):
+        found = Counter(word for text in own for word in words_of[text] - special)
+        shares.append({word: count / len(own) for word, count in found.items()})
+        for word, count in found.items():
+            counts[word] += count * float(heavy)
+    frequent = sorted(counts, key=lambda word: -counts[word])[:size]
+    known = [word for word in frequent if counts[word] >= WORD_MIN_COUNT]
+    place = {word: column for column, word in enumerate(known)}
+    target = torch.zeros(len(shares), size)
+    for row, share in enumerate(shares):
+        for word in share.keys() & place.keys():
+            target[row, place[word]] = share[word]
+    rows = np.flatnonzero(weight)
+    counted = torch.from_numpy(weight).float()
+    average = (target * counted[:, None]).sum(0) / counted.sum()
+    with torch.no_grad():
+        words.columns[words.columns != size] = size + 1
+        words.columns[known] = torch.arange(len(known), device=words.columns.device)
+        words.prior.copy_(torch.logit(average, eps=1e-4))
+        for part in words.head.children():
+            if isinstance(part, nn.LayerNorm | nn.Linear):
+                part.reset_parameters()
+        last = words.head[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        last.bias.copy_(words.prior)
+    rng = np.random.default_rng([seed, 13])
+    torch.manual_seed(seed)
+    words.train()
+    words.head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(words.head.parameters(), lr=WORD_LR, weight_decay=0.05)
+    order: list[int] = []
+    batch_size = min(256, len(rows))
+    for step in range(WORD_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = WORD_LR * 0.5 * (1 + math.cos(math.pi * step / WORD_STEPS))
+        if len(order) < batch_size:
+            order = rng.permutation(rows).tolist()
+        batch, order = order[:batch_size], order[batch_size:]
+        losses_ = F.binary_cross_entropy_with_logits(
+            words.head(images[batch]), target[batch].to(images.device), reduction="none"
+        ).sum(1)
+        heavy = counted[batch].to(images.device)
+        (losses_ @ heavy / heavy.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    words.head.requires_grad_(False)
+    words.eval()
 
 
 def _later(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -325,41 +324,6 @@ def test_itm_from_itc_moves_the_match_logit_only() -> None:
     )
     with pytest.raises(ValueError, match="itm_start"):
         model.itm_logits(ids, mask, kv)
-
-
-def unit(*shape: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
-
-
-def test_itm_start_without_a_bank_is_a_line_of_the_similarity() -> None:
-    model = tiny(LITE)
-    images, texts_ = unit(5, LITE.embed_dim), unit(5, LITE.embed_dim)
-    with torch.no_grad():
-        model.itm_start.set_weights(torch.tensor([7.0]), -2.0)
-        found = model.itm_start(images, texts_)
-    torch.testing.assert_close(found, 7.0 * (images * texts_).sum(-1) - 2.0)
-
-
-def test_itm_start_holds_commonness_and_style_against_a_pair() -> None:
-    torch.manual_seed(0)
-    start = MED(dataclasses.replace(LITE, itm_bank=6)).itm_start
-    images, texts_ = unit(5, LITE.embed_dim), unit(5, LITE.embed_dim)
-    with torch.no_grad():
-        start.bank_images.copy_(unit(6, LITE.embed_dim))
-        start.bank_texts.copy_(unit(6, LITE.embed_dim))
-        start.style.weight.copy_(torch.randn(1, LITE.embed_dim))
-        start.set_weights(torch.tensor([10.0, -3.0, -2.0, 0.5]), 0.25)
-        found = start(images, texts_)
-        for row in range(5):
-            image, text = images[row], texts_[row]
-            like_text = np.mean([np.exp(20 * float(text @ other)) for other in start.bank_images])
-            like_image = np.mean([np.exp(20 * float(image @ other)) for other in start.bank_texts])
-            style = min(0.0, float(start.style(text)))
-            wanted = (
-                10 * float(image @ text) - 3 * np.log(like_text) / 20 - 2 * np.log(like_image) / 20
-                + 0.5 * style + 0.25
-            )  # fmt: skip
-            assert float(found[row]) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_components_are_those_of_a_singular_value_decomposition(tmp_path: Path) -> None:

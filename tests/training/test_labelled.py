@@ -120,14 +120,17 @@ def test_cached_features_take_the_place_of_pictures(tmp_path: Path) -> None:
 def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
     """The weights go to those that made the labels, as far as there are labels."""
     torch.manual_seed(0)
-    model = MED(dataclasses.replace(LITE, itm_bank=8))
+    model = MED(dataclasses.replace(LITE, itm_bank=8, itm_words=12))
     start, tokenizer = model.itm_start, load_tokenizer()
     with torch.no_grad():
         start.bank_images.normal_()
         start.bank_texts.normal_()
         start.style.weight.normal_(std=5)
-        start.set_weights(torch.tensor([4.0, -1.0, -1.0, 0.1]), -1.0)
-    before = torch.cat([start.weights(), start.bias[None]]).detach().clone()
+        start.words.columns[104:] = torch.arange(len(start.words.columns) - 104) % 12
+        start.words.head[-1].weight.normal_(std=0.3)
+        start.weights.copy_(torch.tensor([4.0, -1.0, -1.0, 0.1, 0.1]))
+        start.bias.fill_(-1.0)
+    before = torch.cat([start.weights, start.bias[None]]).detach().clone()
     rng = torch.Generator().manual_seed(1)
     tokens = [(6 * torch.rand(4, 1280, generator=rng)).half() for _ in range(20)]
     words = ["red", "blue", "a", "dog", "cat", "runs", "on", "grass", "two", "men"]
@@ -137,16 +140,17 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
     said = Labelled([t.numpy().tobytes() for t in tokens], True, rows, texts, torch.zeros(1))
     model.eval()
     with torch.no_grad():
-        embeds = model.embed_text(*tokenize(tokenizer, texts, 12, first_token="cls"))
+        ids, mask = tokenize(tokenizer, texts, 12, first_token="cls")
+        embeds = model.embed_text(ids, mask)
         images = model.known_image(torch.stack(tokens).float()[rows])
-        evidence = start.evidence(images, embeds)
+        evidence = start.evidence(images, embeds, ids)
     spread = evidence.std(0).clamp(min=1e-3)
-    truth = 2.0 / spread * torch.tensor([1.0, -0.5, 0.0, 0.5])
+    truth = 2.0 / spread * torch.tensor([1.0, -0.5, 0.0, 0.5, 0.3])
     logits = (evidence - evidence.mean(0)) @ truth
     match = (torch.rand(len(texts), generator=rng) < logits.sigmoid()).long()
     said = dataclasses.replace(said, match=match)
     fit_start(model, tokenizer, said, 12, "cpu")
-    after = torch.cat([start.weights(), start.bias[None]]).detach()
+    after = torch.cat([start.weights, start.bias[None]]).detach()
 
     def loss(weights: torch.Tensor) -> float:
         found = evidence @ weights[:-1] + weights[-1]

@@ -10,7 +10,7 @@ from small_run import TINY, write_run
 
 from capfilt.config import HeadWarmup
 from capfilt.models.med import MED
-from capfilt.models.tokens import load_tokenizer
+from capfilt.models.tokens import load_tokenizer, tokenize
 from capfilt.schema import FEATURES
 from capfilt.shards import Shard
 from capfilt.training import warmup
@@ -79,7 +79,7 @@ def test_web_pairs_that_do_not_fit_weigh_less(prepared, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "web_weights.json").read_text()) == weights
     assert seen[-1] == (180, 180)
     # ITM starts from the similarity: more similar is more probable, and its own part is silent
-    assert model.itm_start.scale.item() > 0
+    assert model.itm_start.weights[0].item() > 0
     assert not model.itm_head.weight.any()
 
 
@@ -125,7 +125,7 @@ def test_further_rounds_and_heads(prepared, tmp_path: Path) -> None:
 def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> None:
     _, tokenizer, stream, wrong = prepared
     torch.manual_seed(0)
-    config = dataclasses.replace(LITE, pooled_components=16, itm_bank=150)
+    config = dataclasses.replace(LITE, pooled_components=16, itm_bank=150, itm_words=60)
     model = MED(config)
     weights = warm_up(model, tokenizer, stream, tmp_path)
     right = np.mean([weight for key, weight in weights.items() if key not in wrong])
@@ -134,7 +134,9 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     # 100 pictures fill a bank of 150: all of them are there, half of them twice
     torch.testing.assert_close(start.bank_images.norm(dim=1), torch.ones(150))
     assert len(start.bank_images.unique(dim=0)) == 100
-    assert start.scale > 0 and (start.commonness < 0).all() and start.style_scale > 0
+    similarity, common_text, common_image, style_weight, words_weight = start.weights.tolist()
+    assert similarity > 0 and common_text < 0 and common_image < 0
+    assert style_weight > 0 and words_weight > 0
     pooled = warmup.pool_pairs(model, tokenizer, stream, 16, "cpu")
     # the web's own texts ("nothing of this 3") are told from people's, who wrote none of them
     with torch.no_grad():
@@ -142,6 +144,15 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     human = {text for row in np.flatnonzero(pooled.human) for text in pooled.owned[row]}
     web = {text for row in np.flatnonzero(~pooled.human) for text in pooled.owned[row]} - human
     assert style[sorted(human)].mean() > style[sorted(web)].mean() + 1
+    # the words of a picture's own text are held less against it than those of another's
+    ids = tokenize(tokenizer, pooled.captions, 16)[0]
+    own = torch.tensor([texts[0] for texts in pooled.owned])
+    with torch.no_grad():
+        images = model.project_image(pooled.images)
+        right = start.words(images, ids[own])[torch.from_numpy(pooled.human)]
+        wrong = start.words(images, ids[own.roll(7)])[torch.from_numpy(pooled.human)]
+    assert right.mean() > wrong.mean() + 0.5
+    assert not any(parameter.requires_grad for parameter in start.words.parameters())
 
 
 def test_channel_scale_is_that_of_all_cells() -> None:

@@ -1,0 +1,132 @@
+"""What ITC says of a pair, as a logit that ITM starts from (not in BLIP).
+
+BLIP's ITM learns from 14 million pairs what a match is. With some thousand pairs cross-attention
+learns next to nothing, but the ITC embeddings know a lot already: a logistic regression on them is
+where ITM starts, and its own layers add to that.
+
+Dimensions: N pairs, K pictures and K texts of the bank, E ITC embedding, L text tokens, W words.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UNSEEN = -0.7
+"""What a word that the detectors don't know counts, in units of log probability."""
+
+
+class ITMStart(nn.Module):
+    """A logistic regression on what the ITC embeddings of a pair tell.
+
+    Besides the similarity of the two it may look at how common each of them is. A plain text ("a
+    man outside") is similar to many pictures, so its similarity with one of them says little; what
+    it has in common with a bank of other pictures is held against it, and in the same way for the
+    picture. And at the text alone: advertisements and file names don't sound like captions. And at
+    single words: a text may be like the picture as a whole, and one word of it wrong.
+
+    Attributes:
+        weights: the regression's, in the order of `evidence`.
+        bias: the regression's.
+    """
+
+    SHARPNESS = 20.0
+    """Similarities with the bank are averaged by log-mean-exp of so many times their value: the
+    closest neighbours count most."""
+
+    def __init__(
+        self, embed_dim: int, *, bank: int, words: int, vocab_size: int, special_ids: Sequence[int]
+    ) -> None:
+        """Makes it.
+
+        Args:
+            embed_dim: E.
+            bank: K; 0 for none.
+            words: W, for `WordDetectors`; 0 for none.
+            vocab_size: of the tokenizer.
+            special_ids: its tokens that are no words.
+        """
+        super().__init__()
+        self.has_bank = bank > 0
+        if self.has_bank:
+            self.bank_images = nn.Buffer(torch.zeros(bank, embed_dim))
+            self.bank_texts = nn.Buffer(torch.zeros(bank, embed_dim))
+            self.style = nn.Linear(embed_dim, 1)
+        self.words: WordDetectors | None = None
+        if words:
+            self.words = WordDetectors(embed_dim, words, vocab_size, special_ids)
+        self.weights = nn.Parameter(torch.zeros(1 + 3 * (bank > 0) + (words > 0)))
+        nn.init.constant_(self.weights[:1], 10.0)
+        self.bias = nn.Parameter(torch.tensor(0.0))
+
+    def evidence(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+        """What the regression reads.
+
+        Args:
+            images: ITC embeddings `[N, E]`.
+            texts: `[N, E]`, the texts of these pictures.
+            ids: `[N, L]`, the tokens of these texts.
+
+        Returns:
+            A column each: similarity; with a bank the commonness of the text and of the picture,
+            and the style of the text (0 for a caption, below for what does not sound like one);
+            with word detectors what they hold against the text (0 or below).
+        """
+        columns = [(images * texts).sum(-1)]
+        if self.has_bank:
+            for ours, bank in ((texts, self.bank_images), (images, self.bank_texts)):
+                similarities = self.SHARPNESS * ours @ bank.T
+                common = torch.logsumexp(similarities, 1) - math.log(len(bank))
+                columns.append(common / self.SHARPNESS)
+            columns.append(self.style(texts)[:, 0].clamp(max=0.0))
+        if self.words is not None:
+            columns.append(self.words(images, ids))
+        return torch.stack(columns, dim=1)
+
+    def forward(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+        """Log-odds of a match, `[N]`; arguments as in `evidence`."""
+        return self.evidence(images, texts, ids) @ self.weights + self.bias
+
+
+class WordDetectors(nn.Module):
+    """How probable each word is in a caption of a picture, read from its ITC embedding.
+
+    Attributes:
+        columns: int64 `[vocab_size]`, the detector of each token; W for special tokens, W + 1 for
+            tokens that have none.
+        prior: `[W]`, log-odds of the words in captions of any picture.
+    """
+
+    HIDDEN = 512
+
+    def __init__(
+        self, embed_dim: int, words: int, vocab_size: int, special_ids: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.columns = nn.Buffer(torch.full((vocab_size,), words + 1))
+        self.columns[list(special_ids)] = words
+        self.prior = nn.Buffer(torch.zeros(words))
+        self.head = nn.Sequential(
+            nn.LayerNorm(embed_dim),
+            nn.Dropout(0.3),
+            nn.Linear(embed_dim, self.HIDDEN),
+            nn.GELU(),
+            nn.Dropout(0.6),
+            nn.Linear(self.HIDDEN, words),
+        ).requires_grad_(False)
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """What the words of a text are less probable here than in any caption, summed.
+
+        Args:
+            images: ITC embeddings `[N, E]`.
+            ids: `[N, L]`, the texts' tokens.
+
+        Returns:
+            `[N]`, 0 or below: log probability less that of the prior, where it is less.
+        """
+        less = (F.logsigmoid(self.head(images)) - F.logsigmoid(self.prior)).clamp(max=0.0)
+        fixed = less.new_tensor([0.0, UNSEEN]).expand(len(less), 2)
+        return torch.cat([less, fixed], dim=1).gather(1, self.columns[ids]).sum(1)
