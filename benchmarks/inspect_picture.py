@@ -13,19 +13,15 @@ import argparse
 import csv
 import hashlib
 import io
-import os
 import shutil
-import socket
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import uvicorn
+from in_browser import browser_tab, find_chromium
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from capfilt import manifest
 from capfilt.inspect import app
@@ -149,28 +145,16 @@ def review(folder: Path, page: app.Page, count: int = 300) -> None:
 
 def take(page: app.Page, query: str, chromium: str) -> Image.Image:
     """The page as it looks in a window, light."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app.create_app(page), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        tab = browser.new_page(
-            viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light", device_scale_factor=1
-        )
-        tab.goto(f"http://127.0.0.1:{listener.getsockname()[1]}/?{query}")
+    size = {"width": WIDTH, "height": HEIGHT}
+    looks = {"color_scheme": "light", "device_scale_factor": 1}
+    with browser_tab(page, chromium, viewport=size, **looks) as (tab, url):
+        tab.goto(f"{url}/?{query}")
         tab.wait_for_selector(".card img")
         tab.wait_for_selector(".histogram")
         tab.wait_for_load_state("networkidle")
         tab.keyboard.press("j")
         tab.wait_for_timeout(500)
         shot = tab.screenshot()
-        browser.close()
-    server.should_exit = True
-    thread.join(10)
     return Image.open(io.BytesIO(shot)).convert("RGB")
 
 
@@ -180,9 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / ".github/inspect.png")
     parser.add_argument("--query", default="order=random&seed=3&t_itm=0.650")
     arguments = parser.parse_args()
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        raise SystemExit("chromium is not there: apt-get install chromium, or set CHROMIUM")
+    chromium = find_chromium()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "quickstart")
         if arguments.run is None:

@@ -14,21 +14,16 @@ import argparse
 import hashlib
 import io
 import json
-import os
-import shutil
-import socket
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import uvicorn
+from in_browser import browser_tab, find_chromium
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from capfilt import manifest
 from capfilt.inspect import app
@@ -173,17 +168,8 @@ def measure(folder: str, chromium: str) -> dict[str, Any]:
         figures[name] = round(time.perf_counter() - start, 2)
         if name == "open_first_s":
             page.run.close()
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app.create_app(page), log_level="warning"))
-    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     screens: list[tuple[str, float, float]] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    with browser_tab(page, chromium, viewport={"width": 1280, "height": 900}) as (tab, url):
         tab.goto(url, wait_until="commit")
         tab.wait_for_selector(".card")
         painted, complete = tab.evaluate(FIRST)
@@ -213,8 +199,6 @@ def measure(folder: str, chromium: str) -> dict[str, Any]:
             "median": round(statistics.median(slides)),
             "max": round(max(slides)),
         }
-        browser.close()
-    server.should_exit = True
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, painted, complete in screens:
         kinds.setdefault(name, []).append((painted, complete))
@@ -235,9 +219,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=100)
     parser.add_argument("--run", help="keep the made-up run here, and use it if it is there")
     arguments = parser.parse_args()
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        raise SystemExit("chromium is not there: apt-get install chromium, or set CHROMIUM")
+    chromium = find_chromium()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.run or f"{temporary}/run"
         if not Path(folder, "decisions").exists():
