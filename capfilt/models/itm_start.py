@@ -9,6 +9,7 @@ Dimensions: N pairs, K pictures and K texts of the bank, E ITC embedding, L text
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,7 @@ class WordDetectors(nn.Module):
     """How probable each word is in a caption of a picture, read from its ITC embedding.
 
     Attributes:
+        size: W.
         columns: int64 `[vocab_size]`, the detector of each token; W for special tokens, W + 1 for
             tokens that have none.
         prior: `[W]`, log-odds of the words in captions of any picture.
@@ -105,6 +107,7 @@ class WordDetectors(nn.Module):
         self, embed_dim: int, words: int, vocab_size: int, special_ids: Sequence[int]
     ) -> None:
         super().__init__()
+        self.size = words
         self.columns = nn.Buffer(torch.full((vocab_size,), words + 1))
         self.columns[list(special_ids)] = words
         self.prior = nn.Buffer(torch.zeros(words))
@@ -116,6 +119,34 @@ class WordDetectors(nn.Module):
             nn.Dropout(0.6),
             nn.Linear(self.HIDDEN, words),
         ).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode: they are taught by the head warm-up alone, and then fixed."""
+        return super().train(False)
+
+    def special_ids(self) -> list[int]:
+        """Tokens that are no words."""
+        special: list[int] = torch.nonzero(self.columns == self.size)[:, 0].tolist()
+        return special
+
+    def know(self, ids: Sequence[int], share: Tensor) -> None:
+        """Starts anew, with detectors of these words.
+
+        Args:
+            ids: the words, W at most.
+            share: `[W]`, how often each stands in a caption of any picture, 0..1: what the
+                detectors say before they are taught.
+        """
+        self.columns[self.columns != self.size] = self.size + 1
+        self.columns[list(ids)] = torch.arange(len(ids), device=self.columns.device)
+        self.prior.copy_(torch.logit(share, eps=1e-4))
+        for part in self.head:
+            if isinstance(part, nn.LayerNorm | nn.Linear):
+                part.reset_parameters()
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        last.bias.copy_(self.prior)
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """What the words of a text are less probable here than in any caption, summed.

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,14 +35,13 @@ TEXTS_AT_A_TIME = 128
 COMMONNESS = 0.35
 """How much the commonness of a text, and of a picture, counts against their similarity. Fitted to
 pairs that the heads had not seen, logistic regression gives 0.3 to 0.45 (Flickr8k)."""
-WORDS = 0.003
-"""How much one unit of log probability that the text's words lack counts."""
-WORD_MIN_COUNT = 6
-"""A word must stand in so many texts to get a detector."""
-WORD_STEPS = 600
-WORD_LR = 2e-3
 STYLE = 0.04
 """How much one unit (log-odds) of style counts beside the similarity."""
+WORDS = 0.003
+"""How much one unit (log probability) that the words of a text lack counts."""
+WORD_MIN_COUNT = 6
+"""A word must stand in so many texts to get a detector."""
+WORD_STEPS, WORD_BATCH, WORD_LR = 600, 256, 2e-3
 
 
 @dataclass(frozen=True)
@@ -361,60 +360,47 @@ def _learn_words(
         believed: `[N]`, how much the texts of a picture count; people's count twice.
         seed: of the draws.
     """
-    size = len(words.prior)
-    words_of = [set(row.tolist()) for row in ids.cpu()]
-    special = set(torch.nonzero(words.columns == size)[:, 0].tolist())
     weight = believed * np.where(pooled.human, 2.0, 1.0)
+    known, target = _word_targets(words, ids, pooled, weight)
+    counted = torch.from_numpy(weight).float()
+    average = (target * counted[:, None]).sum(0) / counted.sum()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        words.know(known, average)
+    words.head.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(words.head.parameters(), weight_decay=0.05)
+    rng, rows = np.random.default_rng([seed, 13]), np.flatnonzero(weight)
+    for batch in _batches(rng, rows, WORD_BATCH, WORD_STEPS, optimizer, WORD_LR):
+        logits, wanted = words.head(images[batch]), target[batch].to(images.device)
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1)
+        heavy = counted[batch].to(images.device)
+        (loss @ heavy / heavy.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    words.head.requires_grad_(False).eval()
+
+
+def _word_targets(
+    words: WordDetectors, ids: Tensor, pooled: Pooled, weight: np.ndarray
+) -> tuple[list[int], Tensor]:
+    """The W most frequent words, and the share of each picture's texts that hold them, `[N, W]`."""
+    special = set(words.special_ids())
+    words_of = [set(row.tolist()) - special for row in ids.cpu()]
     counts: defaultdict[int, float] = defaultdict(float)
     shares: list[dict[int, float]] = []
     for own, heavy in zip(pooled.owned, weight, strict=True):
-        found = Counter(word for text in own for word in words_of[text] - special)
+        found = Counter(word for text in own for word in words_of[text])
         shares.append({word: count / len(own) for word, count in found.items()})
         for word, count in found.items():
             counts[word] += count * float(heavy)
-    frequent = sorted(counts, key=lambda word: -counts[word])[:size]
+    frequent = sorted(counts, key=lambda word: -counts[word])[: words.size]
     known = [word for word in frequent if counts[word] >= WORD_MIN_COUNT]
     place = {word: column for column, word in enumerate(known)}
-    target = torch.zeros(len(shares), size)
+    target = torch.zeros(len(shares), words.size)
     for row, share in enumerate(shares):
         for word in share.keys() & place.keys():
             target[row, place[word]] = share[word]
-    rows = np.flatnonzero(weight)
-    counted = torch.from_numpy(weight).float()
-    average = (target * counted[:, None]).sum(0) / counted.sum()
-    with torch.no_grad():
-        words.columns[words.columns != size] = size + 1
-        words.columns[known] = torch.arange(len(known), device=words.columns.device)
-        words.prior.copy_(torch.logit(average, eps=1e-4))
-        for part in words.head.children():
-            if isinstance(part, nn.LayerNorm | nn.Linear):
-                part.reset_parameters()
-        last = words.head[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        last.bias.copy_(words.prior)
-    rng = np.random.default_rng([seed, 13])
-    torch.manual_seed(seed)
-    words.train()
-    words.head.requires_grad_(True)
-    optimizer = torch.optim.AdamW(words.head.parameters(), lr=WORD_LR, weight_decay=0.05)
-    order: list[int] = []
-    batch_size = min(256, len(rows))
-    for step in range(WORD_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = WORD_LR * 0.5 * (1 + math.cos(math.pi * step / WORD_STEPS))
-        if len(order) < batch_size:
-            order = rng.permutation(rows).tolist()
-        batch, order = order[:batch_size], order[batch_size:]
-        losses_ = F.binary_cross_entropy_with_logits(
-            words.head(images[batch]), target[batch].to(images.device), reduction="none"
-        ).sum(1)
-        heavy = counted[batch].to(images.device)
-        (losses_ @ heavy / heavy.sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    words.head.requires_grad_(False)
-    words.eval()
+    return known, target
 
 
 def _later(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
@@ -423,6 +409,29 @@ def _later(progress: Callable[[int, int], None], before: int, total: int, done: 
 
 def _head_parameters(model: MED) -> list[torch.nn.Parameter]:
     return [*model.vision_proj.parameters(), *model.text_proj.parameters(), model.temp]
+
+
+def _batches(
+    rng: np.random.Generator,
+    rows: np.ndarray,
+    size: int,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+) -> Iterator[list[int]]:
+    """The rows of each step: all come once before any comes again.
+
+    Before each step the learning rate is set: from `lr` it falls to 0 along a cosine.
+    """
+    size = min(size, len(rows))
+    order: list[int] = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        if len(order) < size:
+            order = rng.permutation(rows).tolist()
+        batch, order = order[:size], order[size:]
+        yield batch
 
 
 class _Fit:
@@ -449,15 +458,9 @@ class _Fit:
         model, pooled, config = self.model, self.pooled, self.config
         model.train()
         parameters = _head_parameters(model)
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        size = min(config.batch_size, len(rows))
-        order: list[int] = []
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            if len(order) < size:
-                order = self.rng.permutation(rows).tolist()
-            batch, order = order[:size], order[size:]
+        optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+        batches = _batches(self.rng, rows, config.batch_size, steps, optimizer, config.lr)
+        for step, batch in enumerate(batches):
             own = [pooled.owned[row] for row in batch]
             texts = [texts[int(self.rng.integers(len(texts)))] for texts in own]
             device = pooled.images.device

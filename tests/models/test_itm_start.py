@@ -101,3 +101,18 @@ def test_a_saved_model_knows_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again.evidence(images, texts, ids), start.evidence(images, texts, ids))
         assert start.evidence(images, texts, ids).shape == (2, 5)
+
+
+def test_detectors_are_taught_in_the_warm_up_alone() -> None:
+    """In training the rest of the model has dropout; what they say of a pair stays the same."""
+    start = make(words=5).train()
+    assert start.words is not None and start.words.special_ids() == list(SPECIAL)
+    with torch.no_grad():
+        start.words.know([150, 160], torch.tensor([0.5, 0.1, 0.0, 0.0, 0.0]))
+        assert start.words.columns[[150, 160, 170, 101]].tolist() == [0, 1, 6, 5]
+        images = unit(3, 16)
+        ids = torch.tensor([[101, 150, 160, 102]]).expand(3, 4)
+        # not taught yet: every word is as probable as in any caption
+        torch.testing.assert_close(start.words(images, ids), torch.zeros(3))
+        start.words.head[-1].weight.normal_()
+        assert torch.equal(start.words(images, ids), start.words(images, ids))
