@@ -30,7 +30,7 @@ from capfilt.shards import RunDir, Shard
 log = logging.getLogger(__name__)
 
 PULL = 10.0
-"""How strongly `fit_start` holds the weights: as much as some 40 pairs or more would."""
+"""How strongly `fit_start` holds the scale at 1: a scale of 2 must save so many half nats."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,11 @@ def _pictures(shard: Shard, keys: list[str], use_features: bool) -> list[bytes]:
 def fit_start(
     model: MED, tokenizer: PreTrainedTokenizerBase, labelled: Labelled, max_tokens: int, device: str
 ) -> None:
-    """Fits `ITMStart` to the reviewed pairs, by logistic regression.
+    """Fits scale and bias of `ITMStart`'s logit to the reviewed pairs (Platt's scaling).
 
-    Its weights are drawn towards what they are: few pairs, or pairs that are alike, change little.
+    What its parts weigh against each other stays: some hundred pairs can't tell, and pairs that
+    were chosen for their score would turn them against each other. Few pairs, or pairs of like
+    scores, change the scale little; it stays above 0, so the order of pairs stays.
 
     Args:
         model: with `itm_from_itc`; its `itm_start` is changed.
@@ -154,29 +156,24 @@ def fit_start(
     start, parts = model.itm_start, []
     for rows in torch.arange(len(labelled.texts)).split(64):
         texts = [labelled.texts[i] for i in rows.tolist()]
-        ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
+        ids, mask = (x.to(device) for x in tokenize(tokenizer, texts, max_tokens))
         features = _features(model, labelled, labelled.rows[rows].tolist(), device)
-        known = model.embed_text(ids.to(device), mask.to(device))
-        parts.append(start.evidence(model.known_image(features), known, ids.to(device)).cpu())
-    evidence, match = torch.cat(parts).double(), labelled.match.double()
-    before = torch.cat([start.weights.cpu().double(), start.bias.cpu().double()[None]])
-    design = torch.cat([evidence, torch.ones(len(evidence), 1)], dim=1)
-    # the unit that a weight moves in: what makes one logit of a typical difference between pairs
-    size = torch.cat([evidence.std(0, correction=0).clamp(min=0.01), torch.ones(1)])
-    # pairs chosen near the threshold differ little in their score: only a strong pull keeps the
-    # weights from explaining them by chance; the bias may follow them
-    pull = size.square() * torch.cat([torch.full((len(size) - 1,), PULL), torch.ones(1)])
+        parts.append(start(model.known_image(features), model.embed_text(ids, mask), ids).cpu())
+    logits, match = torch.cat(parts).double(), labelled.match.double()
+    design = torch.stack([logits, torch.ones_like(logits)], dim=1)
+    before = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    pull = torch.tensor([PULL, 1.0], dtype=torch.float64)
     found = before.clone()
     for _ in range(50):  # Newton's method on a convex loss: it needs some ten steps
         probability = (design @ found).sigmoid()
         gradient = design.T @ (probability - match) + pull * (found - before)
         weight = (probability * (1 - probability))[:, None]
-        hessian = design.T @ (design * weight) + pull.diag()
-        step = torch.linalg.solve(hessian, gradient)
+        step = torch.linalg.solve(design.T @ (design * weight) + pull.diag(), gradient)
         # a full step may overshoot where all pairs are told apart with certainty
-        found = found - step / max(1.0, float((step * size).abs().max()) / 2)
-    start.weights.copy_(found[:-1])
-    start.bias.fill_(float(found[-1]))
+        found = found - step / max(1.0, float(step.abs().max()))
+    scale, shift = max(0.1, float(found[0])), float(found[1])
+    start.weights.mul_(scale)
+    start.bias.mul_(scale).add_(shift)
 
 
 def labelled_itm(

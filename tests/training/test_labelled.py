@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -118,7 +119,7 @@ def test_cached_features_take_the_place_of_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pairs", [30, 1500])
 def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
-    """The weights go to those that made the labels, as far as there are labels."""
+    """Scale and bias go to those that made the labels, as far as there are labels."""
     torch.manual_seed(0)
     model = MED(dataclasses.replace(LITE, itm_bank=8, itm_words=12))
     start, tokenizer = model.itm_start, load_tokenizer()
@@ -130,7 +131,6 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
         start.words.head[-1].weight.normal_(std=0.3)
         start.weights.copy_(torch.tensor([4.0, -1.0, -1.0, 0.1, 0.1]))
         start.bias.fill_(-1.0)
-    before = torch.cat([start.weights, start.bias[None]]).detach().clone()
     rng = torch.Generator().manual_seed(1)
     tokens = [(6 * torch.rand(4, 1280, generator=rng)).half() for _ in range(20)]
     words = ["red", "blue", "a", "dog", "cat", "runs", "on", "grass", "two", "men"]
@@ -138,29 +138,40 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
     texts = [" ".join(words[i] for i in row) for row in drawn]
     rows = torch.randint(20, (len(texts),), generator=rng)
     said = Labelled([t.numpy().tobytes() for t in tokens], True, rows, texts, torch.zeros(1))
-    model.eval()
-    with torch.no_grad():
-        ids, mask = tokenize(tokenizer, texts, 12, first_token="cls")
-        embeds = model.embed_text(ids, mask)
-        images = model.known_image(torch.stack(tokens).float()[rows])
-        evidence = start.evidence(images, embeds, ids)
-    spread = evidence.std(0).clamp(min=1e-3)
-    truth = 2.0 / spread * torch.tensor([1.0, -0.5, 0.0, 0.5, 0.3])
-    logits = (evidence - evidence.mean(0)) @ truth
-    match = (torch.rand(len(texts), generator=rng) < logits.sigmoid()).long()
-    said = dataclasses.replace(said, match=match)
-    fit_start(model, tokenizer, said, 12, "cpu")
-    after = torch.cat([start.weights, start.bias[None]]).detach()
 
-    def loss(weights: torch.Tensor) -> float:
-        found = evidence @ weights[:-1] + weights[-1]
-        return float(torch.nn.functional.binary_cross_entropy_with_logits(found, match.float()))
+    def logits() -> torch.Tensor:
+        model.eval()
+        with torch.no_grad():
+            ids, mask = tokenize(tokenizer, texts, 12, first_token="cls")
+            images = model.known_image(torch.stack(tokens).float()[rows])
+            return start(images, model.embed_text(ids, mask), ids)
 
-    assert torch.isfinite(after).all()
+    before, weights = logits(), start.weights.detach().clone()
+    truth = 1.5 * before + 2.0
+    match = (torch.rand(len(texts), generator=rng) < truth.sigmoid()).long()
+    fit_start(model, tokenizer, dataclasses.replace(said, match=match), 12, "cpu")
+    after = logits()
+    loss = partial(torch.nn.functional.binary_cross_entropy_with_logits, target=match.float())
     assert loss(after) < loss(before)
     if pairs == 1500:
-        best = torch.cat([truth, -(evidence.mean(0) @ truth)[None]])
-        assert loss(after) < loss(best) + 0.01
+        assert loss(after) < loss(truth) + 0.01
+    # the parts weigh against each other what they did, and the order of pairs is the same
+    torch.testing.assert_close(start.weights / start.weights[0], weights / weights[0])
+    assert torch.equal(after.argsort(stable=True), before.argsort(stable=True))
+
+
+@pytest.mark.parametrize("match", [0, 1])
+def test_labels_of_one_kind_keep_the_order(match: int) -> None:
+    torch.manual_seed(0)
+    model = MED(LITE)
+    tokens = torch.rand(4, 1280).half().numpy().tobytes()
+    texts = ["a dog", "a cat on grass", "two men"]
+    said = Labelled(
+        [tokens], True, torch.zeros(3, dtype=torch.long), texts, torch.full((3,), match)
+    )
+    fit_start(model, load_tokenizer(), said, 12, "cpu")
+    assert model.itm_start.weights[0].item() > 0
+    assert (model.itm_start.bias.item() > 0) == bool(match)
 
 
 def test_labels_of_another_run_are_refused(tmp_path: Path) -> None:
