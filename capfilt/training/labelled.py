@@ -161,7 +161,7 @@ def fit_start(
         parts.append(start(model.known_image(features), model.embed_text(ids, mask), ids).cpu())
     logits, match = torch.cat(parts).double(), labelled.match.double()
     design = torch.stack([logits, torch.ones_like(logits)], dim=1)
-    before = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    before = torch.tensor([1.0, 0.0], dtype=torch.float64)  # scale, shift
     pull = torch.tensor([PULL, 1.0], dtype=torch.float64)
     found = before.clone()
     for _ in range(50):  # Newton's method on a convex loss: it needs some ten steps

@@ -11,9 +11,6 @@ from capfilt.models.med import MED, TextLayer
 
 NEW_PARTS = ("adapter.", "cross_attention", "lm_head", "itm_head", "vision_proj", "text_proj")
 """Parts that no BERT, ViT or EfficientNet checkpoint fills."""
-SIMILARITY_PARTS = ("itm_sim_scale", "itm_sim_bias")
-"""Scalars that must move by whole units, so they learn faster than the matrices."""
-SIMILARITY_LR_FACTOR = 50.0
 
 
 def freeze_layers(model: MED, count: int) -> None:
@@ -53,8 +50,6 @@ def build_optimizer(model: MED, config: Optim) -> torch.optim.AdamW:
         lr = config.lr
         if config.new_layers_lr is not None and any(part in name for part in NEW_PARTS):
             lr = config.new_layers_lr
-        if name in SIMILARITY_PARTS:
-            lr *= SIMILARITY_LR_FACTOR
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     return torch.optim.AdamW(
