@@ -158,7 +158,9 @@ class Shard:
         path = self.run.table(table, self.name)
         try:
             with fsspec.open(path, "rb") as file:
-                return pq.read_table(file, columns=columns)
+                # Arrow's threads would let go of the Python file when they like: at the
+                # interpreter's end that aborts the process
+                return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False)
         except FileNotFoundError:
             raise InputError(
                 f"{path} is missing although its manifest is there; delete the manifest to redo it"

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,6 +38,34 @@ def test_a_table_comes_back(tmp_path: Path, prefix: str) -> None:
     shard = Shard(run, "web-00000")
     assert shard.read("t").equals(table) and shard.read("t").schema.metadata == {b"x": b"y"}
     assert shard.read("t", ["n"]).column_names == ["n"]
+
+
+_COUNT_THREADS = """
+import os, sys
+from capfilt.inspect.tables import read_pictures
+from capfilt.shards import RunDir, Shard
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+run = RunDir(sys.argv[1])
+before = threads()
+assert Shard(run, "web-00000").read("images").num_rows == 2
+assert list(read_pictures(run, "web-00000", {"b"}, ["image"])) == ["b"]
+print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="/proc counts the threads")
+def test_reading_leaves_no_thread_behind(tmp_path: Path) -> None:
+    """One that still held the Python file at the interpreter's end would abort the process."""
+    run = RunDir(str(tmp_path))
+    table = pa.table({"key": ["a", "b"], "image": [b"1", b"2"]})
+    run.write_table(run.table("images", "web-00000"), table)
+    said = subprocess.run(
+        [sys.executable, "-c", _COUNT_THREADS, str(tmp_path)], capture_output=True, text=True
+    )
+    assert (said.stdout, said.stderr) == ("0\n", "")
 
 
 def test_row_groups_are_bounded_and_never_empty(tmp_path: Path) -> None:

@@ -660,7 +660,7 @@ class Run:
     def _read_picture(self, shard: str, position: int) -> bytes | None:
         """One cell of `images/`: reads its row group, or only up to it where groups are large."""
         with fsspec.open(self.run.table("images", shard), "rb") as file:
-            table = pq.ParquetFile(file)
+            table = pq.ParquetFile(file, pre_buffer=False)
             group, start = 0, 0
             while position >= start + table.metadata.row_group(group).num_rows:
                 start += table.metadata.row_group(group).num_rows

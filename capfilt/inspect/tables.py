@@ -238,10 +238,12 @@ def read_pictures(
             # a shard may be one row group: buffered reading keeps it from being loaded whole
             parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
             for group in range(parquet.num_row_groups):
-                there = parquet.read_row_group(group, ["key"]).column("key")
+                there = parquet.read_row_group(group, ["key"], use_threads=False).column("key")
                 if not pc.any(pc.is_in(there, value_set=wanted)).as_py():
                     continue
-                for batch in parquet.iter_batches(256, [group], ["key", *columns]):
+                for batch in parquet.iter_batches(
+                    256, [group], ["key", *columns], use_threads=False
+                ):
                     chosen = batch.filter(pc.is_in(batch.column("key"), value_set=wanted))
                     found.update({row["key"]: row for row in chosen.to_pylist()})
                 if len(found) == len(keys):
