@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("run", nargs="?", default="runs/flickr8k-small", type=Path)
     parser.add_argument("--alt-text", type=Path, help="Parquet file with a column TEXT")
     parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--word-bonus", type=float, default=0.4, help="as in the YAML")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     matcher, tokenizer, _ = model_folder.load(arguments.run / "models" / "matcher")
@@ -199,15 +200,20 @@ def main() -> None:
     written = []
     with torch.inference_mode():
         for part in features.split(64):
+            known = captioner.known_image(part.float())
+            bonus = None
+            if arguments.word_bonus:
+                bonus = arguments.word_bonus * captioner.word_bonus(known, vocabulary)
             written += generate(
                 captioner,
-                captioner.cross_keys_values(captioner.adapt(part.float()), "decoder"),
+                captioner.cross_keys_values(captioner.adapt(part.float(), known), "decoder"),
                 prompt_ids(tokenizer, ""),
                 method="beam",
                 repetition_penalty=1.1,
                 min_length=5,
                 max_length=24,
                 vocab_ids=vocabulary,
+                bonus=bonus,
             )
     result = caption_scores([decode(tokenizer, w.token_ids) for w in written], captions)
     shown = f"{result['cider']:.3f}, {result['bleu4']:.3f}"

@@ -130,6 +130,10 @@ class Model(_Section):
     grid_side: Positive | None = None
     """Small preset: average the feature map to so many cells a side before cross-attention reads it
     (faster); null keeps all 7 x 7."""
+    grid_components: Positive | None = None
+    """Small preset: principal components that each cell is reduced to before cross-attention reads
+    it, found by `head_warmup`; with some thousand pictures, all channels are learned by heart. null
+    reads them all."""
     image_weights: str | None = None
     """For `base` and `large`: ViT weights to start from (a hub name or folder); null starts from
     random ones."""
@@ -141,6 +145,7 @@ class Model(_Section):
         given = {
             "lite_levels": self.lite_levels != "last",
             "pooled_components": self.pooled_components is not None,
+            "grid_components": self.grid_components is not None,
             "itm_bank": self.itm_bank > 0,
             "itm_words": self.itm_words > 0,
         }
@@ -359,6 +364,9 @@ class Caption(_Section):
     """Beams of the beam search."""
     repetition_penalty: float = Field(1.1, ge=1)
     """Divides the logits of tokens that are there already."""
+    word_bonus: float = Field(0.0, ge=0)
+    """How much the words that `model.itm_words` foresees count: until a caption holds it, a word's
+    logit rises by so many times its log probability here over that in any caption. 0 is off."""
     min_tokens: Positive = 5
     """Shortest caption, in tokens with the prompt."""
     max_tokens: Positive = 20
@@ -532,13 +540,23 @@ class Config(_Section):
             return self
         if isinstance(first, Matcher) and (first.init or first.checkpoint):
             return self
-        for name in ("pooled_components", "itm_bank", "itm_words"):
+        for name in ("pooled_components", "grid_components", "itm_bank", "itm_words"):
             if getattr(self.model, name):
                 where = "matcher" if self.pretrain is None else "pretrain"
                 raise ValueError(
                     f"`model.{name}` is found in the data by `{where}.head_warmup`, which is not "
                     f"set; write `{where}: {{head_warmup: {{}}}}`"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _words_are_foreseen(self) -> "Config":
+        theirs = self.captioner.init or self.captioner.checkpoint
+        if self.caption.word_bonus and not self.model.itm_words and not theirs:
+            raise ValueError(
+                "`caption.word_bonus` needs word detectors: set `model.itm_words` (2000, say), or "
+                "`caption.word_bonus: 0`"
+            )
         return self
 
 

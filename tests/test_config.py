@@ -114,6 +114,10 @@ def test_what_the_head_warmup_finds_needs_it(tmp_path: Path) -> None:
     words = "model:\n  itm_words: 9\n"
     with pytest.raises(ConfigError, match=r"`model\.itm_words` .* by `pretrain\.head_warmup`"):
         load(write(tmp_path, MINIMAL + words))
+    bonus = "caption:\n  word_bonus: 0.3\n"
+    with pytest.raises(ConfigError, match=r"`caption\.word_bonus` needs word detectors"):
+        load(write(tmp_path, MINIMAL + bonus))
+    load(write(tmp_path, MINIMAL + bonus + "captioner:\n  init: some/captioner\n"))
     with pytest.raises(ConfigError, match="`itm_bank` is for `preset: small`"):
         load(write(tmp_path, MINIMAL + small + "  preset: base\n"))
 

@@ -37,6 +37,7 @@ def med_config(config: Model) -> med.MEDConfig:
             itm_words=config.itm_words,
             image_size_px=config.image_size_px or med.VARIANTS[first].image_size_px,
             grid_side=config.grid_side,
+            grid_components=config.grid_components,
             itc_heads=config.itc_heads,
             embed_dim=shape.embed_dim * config.itc_heads,
         )

@@ -64,6 +64,7 @@ def generate(
     length_penalty: float = 1.0,
     captions_per_image: int = 1,
     vocab_ids: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> list[Generated]:
     """Write captions for a batch of images.
 
@@ -88,6 +89,8 @@ def generate(
         captions_per_image: with nucleus and top-k only.
         vocab_ids: `[v]` int64, sorted: the tokens that may be written; None for all. Must hold
             `[SEP]`.
+        bonus: `[B, v]`, added to the logits (beam search: log-probabilities) of tokens that the
+            text doesn't hold yet (`MED.word_bonus`).
 
     Returns:
         B * captions_per_image captions, in image order.
@@ -124,7 +127,7 @@ def generate(
         raise ValueError("the prompt must start with [DEC]")
     rules = _Rules(model, prompt_ids, vocab_ids, repetition_penalty, min_length, max_length)
     if method == "beam":
-        return _beam_search(rules, cross_kv, num_beams, length_penalty)
+        return _beam_search(rules, cross_kv, num_beams, length_penalty, bonus)
     return _sample(
         rules,
         cross_kv,
@@ -134,6 +137,7 @@ def generate(
         top_p if method == "nucleus" else 1.0,
         top_k,
         temperature,
+        bonus,
     )
 
 
@@ -199,8 +203,17 @@ class _Rules:
         )
         return logits.float(), past
 
-    def apply(self, scores: Tensor, seen: Tensor, length: int) -> Tensor:
-        """Penalise repetition and hold `[SEP]` back, on `[R, v]` logits or log-probabilities."""
+    def apply(self, scores: Tensor, seen: Tensor, length: int, bonus: Tensor | None) -> Tensor:
+        """Add the bonus, penalise repetition and hold `[SEP]` back.
+
+        Args:
+            scores: `[R, v]` logits or log-probabilities.
+            seen: `[R, v]`, the tokens of each text.
+            length: of the texts, prompt included.
+            bonus: `[R, v]`, for tokens not seen.
+        """
+        if bonus is not None:
+            scores = torch.where(seen, scores, scores + bonus)
         if self.penalty != 1.0:
             punished = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
             scores = torch.where(seen, punished, scores)
@@ -251,11 +264,13 @@ def _sample(
     top_p: float,
     top_k: int | None,
     temperature: float,
+    bonus: Tensor | None,
 ) -> list[Generated]:
     """Greedy (no `pair_ids`), nucleus and top-k."""
     logits, past, seen = rules.start(cross_kv, rows_per_image)
-    logits = logits.repeat_interleave(rows_per_image, 0)
     n = rows_per_image
+    logits = logits.repeat_interleave(n, 0)
+    bonus = None if bonus is None else bonus.repeat_interleave(n, 0)
     total = len(logits)
     texts: list[list[int]] = [[] for _ in range(total)]
     logprobs = [0.0] * total
@@ -263,7 +278,7 @@ def _sample(
     images = list(range(total // n))  # those still in the batch
     for length in range(len(rules.prompt), rules.max_length):
         rows = [image * n + i for image in images for i in range(n)]
-        scores = rules.apply(logits, seen, length)
+        scores = rules.apply(logits, seen, length, bonus)
         if pair_ids is None:
             chosen = scores.argmax(1)
         else:
@@ -295,6 +310,7 @@ def _sample(
             cross_kv = [(k[keep_images], v[keep_images]) for k, v in cross_kv]
             past = [(k[keep], v[keep]) for k, v in past]
             seen, chosen = seen[keep], chosen[keep]
+            bonus = None if bonus is None else bonus[keep]
         logits, past = rules.step(chosen, past, cross_kv)
     return [Generated(text, logprob) for text, logprob in zip(texts, logprobs, strict=True)]
 
@@ -308,7 +324,11 @@ class _Finished:
 
 
 def _beam_search(
-    rules: _Rules, cross_kv: CrossKeysValues, num_beams: int, length_penalty: float
+    rules: _Rules,
+    cross_kv: CrossKeysValues,
+    num_beams: int,
+    length_penalty: float,
+    bonus: Tensor | None,
 ) -> list[Generated]:
     """Beam search, image by image over one batch of all their beams."""
     logits, past, seen = rules.start(cross_kv, num_beams)
@@ -322,12 +342,13 @@ def _beam_search(
     beam_scores = torch.full((len(images), n), -1e9, device=rules.device)
     beam_scores[:, 0] = 0.0
     logits = logits.repeat_interleave(n, 0)
+    bonus = None if bonus is None else bonus.repeat_interleave(n, 0)
     prompt_length = len(rules.prompt)
     vocabulary = len(rules.ids)
     for length in range(prompt_length, rules.max_length):
         plain = logits.log_softmax(1)
         scores = (
-            rules.apply(plain, seen, length).view(len(images), n, vocabulary)
+            rules.apply(plain, seen, length, bonus).view(len(images), n, vocabulary)
             + beam_scores[:, :, None]
         )
         # twice as many candidates as beams: at most one in a beam is [SEP], so enough of them can
@@ -381,6 +402,7 @@ def _beam_search(
         source = torch.tensor(sources, device=rules.device)
         seen = seen[source].scatter(1, chosen[:, None], True)
         past = [(k[source], v[source]) for k, v in past]
+        bonus = None if bonus is None else bonus[source]
         if len(stay) < len(images):
             cross_kv = [(k[kept], v[kept]) for k, v in cross_kv]
             images = [images[i] for i in stay]

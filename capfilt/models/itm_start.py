@@ -148,6 +148,30 @@ class WordDetectors(nn.Module):
         nn.init.zeros_(last.weight)
         last.bias.copy_(self.prior)
 
+    def lift(self, images: Tensor) -> Tensor:
+        """How much more probable each word is in a caption of a picture than in any caption.
+
+        Args:
+            images: ITC embeddings `[N, E]`.
+
+        Returns:
+            `[N, W]`, log probability less that of the prior.
+        """
+        return F.logsigmoid(self.head(images)) - F.logsigmoid(self.prior)
+
+    def bonus(self, images: Tensor, vocab_ids: Tensor) -> Tensor:
+        """The lift, where it is above 0, of each token; of one without a detector it is 0.
+
+        Args:
+            images: ITC embeddings `[N, E]`.
+            vocab_ids: int64 `[v]`.
+
+        Returns:
+            `[N, v]`.
+        """
+        more = self.lift(images).clamp(min=0.0)
+        return F.pad(more, (0, 2))[:, self.columns[vocab_ids]]
+
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """What the words of a text are less probable here than in any caption, summed.
 
@@ -158,6 +182,6 @@ class WordDetectors(nn.Module):
         Returns:
             `[N]`, 0 or below: log probability less that of the prior, where it is less.
         """
-        less = (F.logsigmoid(self.head(images)) - F.logsigmoid(self.prior)).clamp(max=0.0)
+        less = self.lift(images).clamp(max=0.0)
         fixed = less.new_tensor([0.0, UNSEEN]).expand(len(less), 2)
         return torch.cat([less, fixed], dim=1).gather(1, self.columns[ids]).sum(1)

@@ -101,6 +101,8 @@ class MEDConfig:
             longer, the less the head can change.
         grid_side: EfficientNet-Lite's feature map is averaged to so many cells a side before
             cross-attention reads it; None reads it as it is.
+        grid_components: principal components that each cell is reduced to before cross-attention
+            reads it; None reads all channels.
         itc_token: cross-attention also reads the image's own ITC embedding, as one more token
             before the grid: what ITC knows, ITM and LM needn't learn again (not in BLIP).
         itm_from_itc: add what ITC says of the pair to ITM's match logit (not in BLIP), see
@@ -141,6 +143,7 @@ class MEDConfig:
     text_residual: bool = False
     text_residual_scale: float = 1.0
     grid_side: int | None = None
+    grid_components: int | None = None
     itc_token: bool = False
     itm_from_itc: bool = False
     itm_bank: int = 0
@@ -199,8 +202,12 @@ class MEDConfig:
                 f"text_residual: needs projection_hidden, and embed_dim ({self.embed_dim}) equal "
                 f"to itc_heads * text_width ({self.itc_heads} * {self.text_width})"
             )
-        if self.image_tower == "vit" and (self.itc_token or self.grid_side is not None):
-            raise ConfigError("itc_token, grid_side: only for the tower efficientnet_lite")
+        if self.image_tower == "vit" and (
+            self.itc_token or self.grid_side is not None or self.grid_components is not None
+        ):
+            raise ConfigError(
+                "itc_token, grid_side, grid_components: only for the tower efficientnet_lite"
+            )
 
     @property
     def image_width(self) -> int:
@@ -574,6 +581,12 @@ class GridAdapter(nn.Module):
         super().__init__()
         self.native_side = math.isqrt(config.image_tokens)
         self.side = config.grid_side or self.native_side
+        self.reduces = config.grid_components is not None
+        if config.grid_components is not None:
+            components = torch.zeros(config.grid_components, inputs)
+            self.components = nn.Buffer(components.fill_diagonal_(1.0))
+            self.components_mean = nn.Buffer(torch.zeros(inputs))
+            inputs = config.grid_components
         self.input_norm = nn.LayerNorm(inputs, eps=config.layer_norm_eps)
         self.linear = nn.Linear(inputs, config.text_width)
         self.position = nn.Parameter(torch.empty(self.side**2, config.text_width))
@@ -581,8 +594,8 @@ class GridAdapter(nn.Module):
         self.itc = nn.Linear(config.embed_dim, config.text_width) if config.itc_token else None
         nn.init.normal_(self.position, std=0.02)
 
-    def forward(self, tokens: Tensor, embeds: Tensor | None) -> Tensor:
-        """`[B, P, Dv]` and, with `itc_token`, `[B, E]` to `[B, P', D]`."""
+    def cells(self, tokens: Tensor) -> Tensor:
+        """The grid's cells, averaged to `grid_side`: `[B, P, Dv]` to `[B, P', Dv]`."""
         if tokens.shape[1] != self.native_side**2:
             raise InputError(
                 f"{tokens.shape[1]} image tokens, but the model reads {self.native_side**2}: "
@@ -591,11 +604,41 @@ class GridAdapter(nn.Module):
         if self.side != self.native_side:
             grid = tokens.transpose(1, 2).unflatten(2, (self.native_side, self.native_side))
             tokens = F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
-        adapted = self.linear(self.input_norm(tokens)) + self.position
+        return tokens
+
+    def set_components(self, cells: Tensor) -> None:
+        """Finds the principal components of cells.
+
+        Args:
+            cells: `[N, Dv]` of the training pictures, from `cells`.
+        """
+        mean = cells.float().mean(0)
+        chosen = principal_components(cells.float() - mean, len(self.components))
+        self.components.zero_()
+        self.components[: len(chosen)] = chosen
+        self.components_mean.copy_(mean)
+
+    def forward(self, tokens: Tensor, embeds: Tensor | None) -> Tensor:
+        """`[B, P, Dv]` and, with `itc_token`, `[B, E]` to `[B, P', D]`."""
+        cells = self.cells(tokens)
+        if self.reduces:
+            cells = F.linear(cells - self.components_mean, self.components)
+        adapted = self.linear(self.input_norm(cells)) + self.position
         if self.itc is not None:
             assert embeds is not None
             adapted = torch.cat([self.itc(embeds)[:, None], adapted], dim=1)
         return self.norm(adapted)
+
+
+def principal_components(centred: Tensor, count: int) -> Tensor:
+    """The first principal components of `[N, width]`: `[C, width]`, C at most `count`."""
+    count = min(count, *centred.shape)
+    # randomised: the whole decomposition of some thousand channels would take minutes
+    size = min(count + 16, *centred.shape)
+    chosen = torch.svd_lowrank(centred, q=size, niter=4)[2][:, :count].T
+    # a component has no sign of its own: its largest element is made positive
+    largest = chosen.gather(1, chosen.abs().argmax(1, keepdim=True))
+    return chosen * largest.sign()
 
 
 def _projection(width: int, config: MEDConfig, dropout: float) -> nn.Module:
@@ -774,6 +817,19 @@ class MED(nn.Module):
         self.channel_shift.copy_(mean)
         self.channel_scale.copy_(1 / std.clamp(min=1e-3))
 
+    def set_grid_components(self, tokens: Tensor) -> None:
+        """Finds the principal components of the grid's cells, where they weren't found before.
+
+        What reads them learns what each means, so they must not change after that.
+
+        Args:
+            tokens: `[N, Dv]`, cells of the training pictures averaged to the grid's side (see
+                `GridAdapter.cells`), not standardised.
+        """
+        assert self.adapter is not None
+        if not self.adapter.components_mean.any():
+            self.adapter.set_components(self._standardised(tokens))
+
     def set_components(self, pooled: Tensor) -> None:
         """Finds the principal components of pooled image tokens, each standardised.
 
@@ -785,14 +841,9 @@ class MED(nn.Module):
         std, mean = torch.std_mean(pooled.float(), dim=0)
         scale = 1 / std.clamp(min=1e-3)
         standardised = (pooled.float() - mean) * scale
-        count = min(self.config.pooled_components, *standardised.shape)
-        # randomised: the whole decomposition of some thousand channels would take minutes
-        size = min(count + 16, *standardised.shape)
-        chosen = torch.svd_lowrank(standardised, q=size, niter=4)[2][:, :count].T
-        # a component has no sign of its own: its largest element is made positive
-        largest = chosen.gather(1, chosen.abs().argmax(1, keepdim=True))
+        chosen = principal_components(standardised, self.config.pooled_components)
         self.components.zero_()
-        self.components[:count] = chosen * largest.sign() * scale
+        self.components[: len(chosen)] = chosen * scale
         self.components_mean.copy_(mean)
 
     def image(self, pixel_values: Tensor) -> Tensor:
@@ -929,6 +980,29 @@ class MED(nn.Module):
             return None
         start: Tensor = self.itm_start(images, texts, ids)
         return start
+
+    def word_bonus(self, images: Tensor, vocab_ids: Tensor | None) -> Tensor:
+        """How much more probable each token is in a caption of the picture than in any caption.
+
+        Args:
+            images: `[B, E]`, ITC embeddings.
+            vocab_ids: `[v]` int64; None for the whole vocabulary.
+
+        Returns:
+            `[B, v]`, the difference of the log probabilities where it is above 0, else 0.
+
+        Raises:
+            ConfigError: the model has no word detectors.
+        """
+        words = self.itm_start.words if self.config.itm_from_itc else None
+        if words is None:
+            raise ConfigError(
+                "word_bonus: this model has no word detectors; set model.itm_words (2000, say) and "
+                "train it anew, or set word_bonus: 0"
+            )
+        if vocab_ids is None:
+            vocab_ids = torch.arange(self.config.vocab_size, device=images.device)
+        return words.bonus(images, vocab_ids)
 
     def itm_logits(
         self,

@@ -98,7 +98,11 @@ def caption_shard(
     rows: list[dict[str, object]] = []
     with torch.inference_mode():
         for keys, features in image_batches(shard, model, use_features, options.batch_size, device):
-            cross = model.cross_keys_values(model.adapt(features), "decoder")
+            known = model.known_image(features) if options.word_bonus else None
+            cross = model.cross_keys_values(model.adapt(features, known), "decoder")
+            bonus = None
+            if known is not None:
+                bonus = options.word_bonus * model.word_bonus(known, vocabulary)
             pair_ids = [f"{key}/synthetic{n}" for key in keys for n in range(count)]
             captions = generate(
                 model,
@@ -116,6 +120,7 @@ def caption_shard(
                 num_beams=options.num_beams,
                 captions_per_image=count,
                 vocab_ids=vocabulary,
+                bonus=bonus,
             )
             for pair_id, caption in zip(pair_ids, captions, strict=True):
                 rows.append(

@@ -117,7 +117,11 @@ def _caption_scores(
     written: list[str] = []
     for batch in stream.in_order():
         features = objectives.image_features(model, batch, device)
-        cross = model.cross_keys_values(model.adapt(features), "decoder")
+        known = model.known_image(features) if config.caption.word_bonus else None
+        cross = model.cross_keys_values(model.adapt(features, known), "decoder")
+        bonus = None
+        if known is not None:
+            bonus = config.caption.word_bonus * model.word_bonus(known, vocabulary)
         captions = generate(
             model,
             cross,
@@ -128,6 +132,7 @@ def _caption_scores(
             min_length=config.caption.min_tokens,
             max_length=config.caption.max_tokens,
             vocab_ids=vocabulary,
+            bonus=bonus,
         )
         written += [decode(tokenizer, caption.token_ids) for caption in captions]
     references = [texts for shard in stream.inventory.captions.values() for texts in shard]

@@ -39,6 +39,8 @@ STYLE = 0.04
 """How much one unit (log-odds) of style counts beside the similarity."""
 WORDS = 0.003
 """How much one unit (log probability) that the words of a text lack counts."""
+CELLS, CELL_PICTURES = 4, 6000
+"""So many cells of so many pictures, at most, are what the grid's components are found from."""
 WORD_MIN_COUNT = 6
 """A word must stand in so many texts to get a detector."""
 WORD_STEPS, WORD_BATCH, WORD_LR = 600, 256, 2e-3
@@ -80,9 +82,11 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
     model.eval()
     keys: list[str] = []
     human: list[bool] = []
-    images = []
+    images, cells = [], []
     scale = _ChannelScale(model.config.image_width)
+    drawn = _drawn_cells(model, len(stream.inventory))
     for batch in stream.in_order():
+        first = len(keys)
         keys += batch.keys
         human += batch.human.tolist()
         features = batch.features
@@ -92,8 +96,16 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
         images.append(model.pool_tokens(features.to(device)))
         if model.config.lite_levels == "all":
             scale.add(features)
+        rows = [row for row in range(len(batch.keys)) if first + row in drawn]
+        if rows:
+            assert model.adapter is not None
+            grid = model.adapter.cells(features[rows].float())
+            places = torch.tensor([drawn[first + row] for row in rows])
+            cells.append(grid[torch.arange(len(rows))[:, None], places].flatten(0, 1))
     if model.config.lite_levels == "all":
         model.set_channel_scale(*scale.mean_and_std())
+    if cells:
+        model.set_grid_components(torch.cat(cells))
     pooled = torch.cat(images)
     if model.config.pooled_components is not None:
         model.set_components(pooled)
@@ -108,6 +120,19 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
         pool_texts(model, tokenizer, captions, max_tokens, device).clone(),
         [[place[text] for text in own] for own in owned],
     )
+
+
+def _drawn_cells(model: MED, pictures: int) -> dict[int, list[int]]:
+    """The cells that the grid's components are found from: picture to `CELLS` places in its grid.
+
+    Of more than `CELL_PICTURES` pictures, a draw of so many.
+    """
+    if model.adapter is None or model.config.grid_components is None:
+        return {}
+    rng = np.random.default_rng(17)
+    count = model.adapter.side**2
+    chosen = rng.permutation(pictures)[:CELL_PICTURES]
+    return {int(row): rng.permutation(count)[:CELLS].tolist() for row in chosen}
 
 
 class _ChannelScale:

@@ -101,6 +101,33 @@ def test_vocabulary_in_use(method: str) -> None:
         captions(IMAGES, list("abcdef"), method=method, vocab_ids=torch.arange(110, 120))
 
 
+@pytest.mark.parametrize("method", ["nucleus", "greedy", "beam"])
+def test_a_bonus_brings_its_token_in_once(method: str) -> None:
+    some = torch.tensor([102, *range(120, 150)])
+    bonus = torch.zeros(6, len(some))
+    close(
+        captions(IMAGES, list("abcdef"), method=method, vocab_ids=some, bonus=bonus),
+        captions(IMAGES, list("abcdef"), method=method, vocab_ids=some),
+    )
+    bonus[torch.arange(6), torch.arange(1, 7)] = 100.0  # another token for each picture
+    options = {"method": method, "vocab_ids": some, "repetition_penalty": 1e6}
+    whole = captions(IMAGES, list("abcdef"), bonus=bonus, **options)
+    for row, caption in enumerate(whole):
+        assert caption.token_ids.count(120 + row) == 1 and caption.logprob > -100
+        close(
+            captions(IMAGES[row : row + 1], ["abcdef"[row]], bonus=bonus[row : row + 1], **options),
+            [caption],
+        )
+
+
+def test_a_bonus_goes_with_each_caption_of_its_picture() -> None:
+    bonus = torch.zeros(2, 160)
+    bonus[0, 130] = bonus[1, 140] = 100.0
+    names = ["a/0", "a/1", "b/0", "b/1"]
+    written = captions(IMAGES[:2], names, captions_per_image=2, bonus=bonus)
+    assert [caption.token_ids[0] for caption in written] == [130, 130, 140, 140]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 10_000),

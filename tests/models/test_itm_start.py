@@ -71,6 +71,12 @@ def test_words_that_the_picture_lacks_are_held_against_a_text() -> None:
     assert float(found[0]) == pytest.approx(less[0, 0] + less[0, 1], abs=1e-5)
     assert float(found[1]) == pytest.approx(less[1, 2] + less[1, 0] + UNSEEN, abs=1e-5)
     assert (less < 0).any() and (less == 0).any()
+    more = np.maximum(0, np.log(probable / usual))
+    with torch.no_grad():
+        bonus = words.bonus(images, torch.tensor([102, 150, 160, 170, 199]))
+    expected = np.concatenate([np.zeros((2, 1)), more, np.zeros((2, 1))], axis=1)
+    np.testing.assert_allclose(bonus.numpy(), expected, atol=1e-5)
+    assert (more > 0).any()
 
 
 def test_padding_and_first_token_do_not_matter() -> None:

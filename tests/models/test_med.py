@@ -356,6 +356,35 @@ def test_fewer_pictures_than_components_leave_the_rest_at_zero() -> None:
     assert (reduced[:, 5:] == 0).all() and (reduced[:, :4].norm(dim=0) > 1).all()
 
 
+def test_the_grid_is_reduced_to_components_that_stay(tmp_path: Path) -> None:
+    config = dataclasses.replace(LITE, lite_levels="all", pooled_components=8, grid_components=6)
+    model = MED(config).eval()
+    cells = torch.randn(200, 5) * 0.6 ** torch.arange(5) @ torch.randn(5, config.image_width)
+    with torch.no_grad():
+        model.set_channel_scale(cells.mean(0), cells.std(0))
+        model.set_grid_components(cells + 1)
+        found = model.adapter.components.clone()
+        model.set_grid_components(torch.randn_like(cells))
+    assert torch.equal(model.adapter.components, found)
+    # five ways of varying: five components hold it all, the sixth is next to nothing
+    centred = model._standardised(cells + 1) - model.adapter.components_mean
+    torch.testing.assert_close(centred @ found[:5].T @ found[:5], centred, atol=1e-2, rtol=1e-2)
+    tokens, known = cells.view(50, 4, -1), torch.zeros(50, config.embed_dim)
+    with torch.no_grad():
+        adapted = model.adapt(tokens, known)
+        med.save(model, tmp_path)
+        assert torch.equal(med.load(tmp_path).adapt(tokens, known), adapted)
+    with pytest.raises(ConfigError, match="grid_components: only for the tower"):
+        dataclasses.replace(TINY, grid_components=6)
+
+
+def test_word_bonus_needs_detectors() -> None:
+    model = MED(dataclasses.replace(LITE, itm_words=9))
+    assert model.word_bonus(torch.randn(2, LITE.embed_dim), None).shape == (2, LITE.vocab_size)
+    with pytest.raises(ConfigError, match="no word detectors"):
+        MED(LITE).word_bonus(torch.randn(2, LITE.embed_dim), None)
+
+
 def test_all_levels_are_standardised_before_cross_attention() -> None:
     config = dataclasses.replace(LITE, lite_levels="all", pooled_components=8)
     model = MED(config).eval()

@@ -125,7 +125,9 @@ def test_further_rounds_and_heads(prepared, tmp_path: Path) -> None:
 def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> None:
     _, tokenizer, stream, wrong = prepared
     torch.manual_seed(0)
-    config = dataclasses.replace(LITE, pooled_components=16, itm_bank=150, itm_words=60)
+    config = dataclasses.replace(
+        LITE, pooled_components=16, grid_components=8, itm_bank=150, itm_words=60
+    )
     model = MED(config)
     weights = warm_up(model, tokenizer, stream, tmp_path)
     right = np.mean([weight for key, weight in weights.items() if key not in wrong])
@@ -137,7 +139,10 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     similarity, common_text, common_image, style_weight, words_weight = start.weights.tolist()
     assert similarity > 0 and common_text < 0 and common_image < 0
     assert style_weight > 0 and words_weight > 0
+    found = model.adapter.components.clone()
+    torch.testing.assert_close(found @ found.T, torch.eye(8), atol=1e-3, rtol=0)
     pooled = warmup.pool_pairs(model, tokenizer, stream, 16, "cpu")
+    assert torch.equal(model.adapter.components, found)  # what reads them knows them by now
     # the web's own texts ("nothing of this 3") are told from people's, who wrote none of them
     with torch.no_grad():
         style = start.style(model.project_text(pooled.texts))[:, 0]
