@@ -23,7 +23,7 @@ from capfilt.evaluation.filtering import auc_by_kind, roc_auc
 from capfilt.evaluation.retrieval import recall_at
 from capfilt.models import folder as model_folder
 from capfilt.models import med
-from capfilt.models.generation import generate
+from capfilt.models.generation import generate, read_images
 from capfilt.models.images import open_rgb, pixels
 from capfilt.models.tokens import clean, decode, prompt_ids, tokenize
 from capfilt.stages.score import score_pairs
@@ -200,13 +200,10 @@ def main() -> None:
     written = []
     with torch.inference_mode():
         for part in features.split(64):
-            known = captioner.known_image(part.float())
-            bonus = None
-            if arguments.word_bonus:
-                bonus = arguments.word_bonus * captioner.word_bonus(known, vocabulary)
+            cross, bonus = read_images(captioner, part.float(), arguments.word_bonus, vocabulary)
             written += generate(
                 captioner,
-                captioner.cross_keys_values(captioner.adapt(part.float(), known), "decoder"),
+                cross,
                 prompt_ids(tokenizer, ""),
                 method="beam",
                 repetition_penalty=1.1,

@@ -45,6 +45,28 @@ def uniform(seed: int, pair_id: str, step: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
+@torch.no_grad()
+def read_images(
+    model: MED, features: Tensor, word_bonus: float, vocab_ids: Tensor | None
+) -> tuple[CrossKeysValues, Tensor | None]:
+    """What `generate` needs of a batch of images: `cross_kv` and `bonus`.
+
+    Args:
+        model: the captioner.
+        features: `[B, P, Dv]`, from `encode_image` or a cache of it.
+        word_bonus: how much the words count that the model foresees (`caption.word_bonus`).
+        vocab_ids: as in `generate`.
+
+    Raises:
+        ConfigError: a bonus, and the model has no word detectors.
+    """
+    if not word_bonus:
+        return model.cross_keys_values(model.adapt(features), "decoder"), None
+    known = model.known_image(features)
+    cross_kv = model.cross_keys_values(model.adapt(features, known), "decoder")
+    return cross_kv, word_bonus * model.word_bonus(known, vocab_ids)
+
+
 @torch.inference_mode()
 def generate(
     model: MED,
@@ -90,7 +112,7 @@ def generate(
         vocab_ids: `[v]` int64, sorted: the tokens that may be written; None for all. Must hold
             `[SEP]`.
         bonus: `[B, v]`, added to the logits (beam search: log-probabilities) of tokens that the
-            text doesn't hold yet (`MED.word_bonus`).
+            text doesn't hold yet (`read_images`).
 
     Returns:
         B * captions_per_image captions, in image order.
@@ -125,9 +147,9 @@ def generate(
         )
     if list(prompt_ids[:1]) != [DEC_ID] and model.config.vocab_size > DEC_ID:
         raise ValueError("the prompt must start with [DEC]")
-    rules = _Rules(model, prompt_ids, vocab_ids, repetition_penalty, min_length, max_length)
+    rules = _Rules(model, prompt_ids, vocab_ids, bonus, repetition_penalty, min_length, max_length)
     if method == "beam":
-        return _beam_search(rules, cross_kv, num_beams, length_penalty, bonus)
+        return _beam_search(rules, cross_kv, num_beams, length_penalty)
     return _sample(
         rules,
         cross_kv,
@@ -137,18 +159,18 @@ def generate(
         top_p if method == "nucleus" else 1.0,
         top_k,
         temperature,
-        bonus,
     )
 
 
 class _Rules:
-    """What all methods share: the prompt, the vocabulary in use, the penalty and the lengths."""
+    """What all methods share: prompt, vocabulary in use, bonus, penalty and lengths."""
 
     def __init__(
         self,
         model: MED,
         prompt_ids: Sequence[int],
         vocab_ids: Tensor | None,
+        bonus: Tensor | None,
         repetition_penalty: float,
         min_length: int,
         max_length: int,
@@ -157,6 +179,7 @@ class _Rules:
         self.model = model
         self.device = device
         self.prompt = torch.tensor(list(prompt_ids), dtype=torch.long, device=device)
+        self.bonus = bonus
         self.penalty = repetition_penalty
         self.min_length = min_length
         self.max_length = max_length
@@ -203,17 +226,19 @@ class _Rules:
         )
         return logits.float(), past
 
-    def apply(self, scores: Tensor, seen: Tensor, length: int, bonus: Tensor | None) -> Tensor:
+    def apply(self, scores: Tensor, seen: Tensor, length: int, images: list[int]) -> Tensor:
         """Add the bonus, penalise repetition and hold `[SEP]` back.
 
         Args:
             scores: `[R, v]` logits or log-probabilities.
             seen: `[R, v]`, the tokens of each text.
             length: of the texts, prompt included.
-            bonus: `[R, v]`, for tokens not seen.
+            images: whose texts these are, as many rows each.
         """
-        if bonus is not None:
-            scores = torch.where(seen, scores, scores + bonus)
+        if self.bonus is not None:
+            own = self.bonus[torch.tensor(images, device=self.device)]
+            own = own.repeat_interleave(len(scores) // len(images), 0)
+            scores = torch.where(seen, scores, scores + own)
         if self.penalty != 1.0:
             punished = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
             scores = torch.where(seen, punished, scores)
@@ -264,13 +289,11 @@ def _sample(
     top_p: float,
     top_k: int | None,
     temperature: float,
-    bonus: Tensor | None,
 ) -> list[Generated]:
     """Greedy (no `pair_ids`), nucleus and top-k."""
     logits, past, seen = rules.start(cross_kv, rows_per_image)
+    logits = logits.repeat_interleave(rows_per_image, 0)
     n = rows_per_image
-    logits = logits.repeat_interleave(n, 0)
-    bonus = None if bonus is None else bonus.repeat_interleave(n, 0)
     total = len(logits)
     texts: list[list[int]] = [[] for _ in range(total)]
     logprobs = [0.0] * total
@@ -278,7 +301,7 @@ def _sample(
     images = list(range(total // n))  # those still in the batch
     for length in range(len(rules.prompt), rules.max_length):
         rows = [image * n + i for image in images for i in range(n)]
-        scores = rules.apply(logits, seen, length, bonus)
+        scores = rules.apply(logits, seen, length, images)
         if pair_ids is None:
             chosen = scores.argmax(1)
         else:
@@ -310,7 +333,6 @@ def _sample(
             cross_kv = [(k[keep_images], v[keep_images]) for k, v in cross_kv]
             past = [(k[keep], v[keep]) for k, v in past]
             seen, chosen = seen[keep], chosen[keep]
-            bonus = None if bonus is None else bonus[keep]
         logits, past = rules.step(chosen, past, cross_kv)
     return [Generated(text, logprob) for text, logprob in zip(texts, logprobs, strict=True)]
 
@@ -324,11 +346,7 @@ class _Finished:
 
 
 def _beam_search(
-    rules: _Rules,
-    cross_kv: CrossKeysValues,
-    num_beams: int,
-    length_penalty: float,
-    bonus: Tensor | None,
+    rules: _Rules, cross_kv: CrossKeysValues, num_beams: int, length_penalty: float
 ) -> list[Generated]:
     """Beam search, image by image over one batch of all their beams."""
     logits, past, seen = rules.start(cross_kv, num_beams)
@@ -342,13 +360,12 @@ def _beam_search(
     beam_scores = torch.full((len(images), n), -1e9, device=rules.device)
     beam_scores[:, 0] = 0.0
     logits = logits.repeat_interleave(n, 0)
-    bonus = None if bonus is None else bonus.repeat_interleave(n, 0)
     prompt_length = len(rules.prompt)
     vocabulary = len(rules.ids)
     for length in range(prompt_length, rules.max_length):
         plain = logits.log_softmax(1)
         scores = (
-            rules.apply(plain, seen, length, bonus).view(len(images), n, vocabulary)
+            rules.apply(plain, seen, length, images).view(len(images), n, vocabulary)
             + beam_scores[:, :, None]
         )
         # twice as many candidates as beams: at most one in a beam is [SEP], so enough of them can
@@ -402,7 +419,6 @@ def _beam_search(
         source = torch.tensor(sources, device=rules.device)
         seen = seen[source].scatter(1, chosen[:, None], True)
         past = [(k[source], v[source]) for k, v in past]
-        bonus = None if bonus is None else bonus[source]
         if len(stay) < len(images):
             cross_kv = [(k[kept], v[kept]) for k, v in cross_kv]
             images = [images[i] for i in stay]

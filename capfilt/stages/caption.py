@@ -88,7 +88,7 @@ def caption_shard(
     """Captions of a shard's usable pictures, each decided by seed, pair id and picture alone."""
     import torch
 
-    from capfilt.models.generation import generate
+    from capfilt.models.generation import generate, read_images
     from capfilt.models.tokens import decode, prompt_ids
     from capfilt.stages.batches import image_batches
 
@@ -98,11 +98,7 @@ def caption_shard(
     rows: list[dict[str, object]] = []
     with torch.inference_mode():
         for keys, features in image_batches(shard, model, use_features, options.batch_size, device):
-            known = model.known_image(features) if options.word_bonus else None
-            cross = model.cross_keys_values(model.adapt(features, known), "decoder")
-            bonus = None
-            if known is not None:
-                bonus = options.word_bonus * model.word_bonus(known, vocabulary)
+            cross, bonus = read_images(model, features, options.word_bonus, vocabulary)
             pair_ids = [f"{key}/synthetic{n}" for key in keys for n in range(count)]
             captions = generate(
                 model,

@@ -10,7 +10,7 @@ from torch import Tensor
 from capfilt.config import Captioner, Config
 from capfilt.evaluation.captions import caption_scores
 from capfilt.models import folder as model_folder
-from capfilt.models.generation import generate
+from capfilt.models.generation import generate, read_images
 from capfilt.models.med import MED
 from capfilt.models.tokens import decode, prompt_ids
 from capfilt.shards import RunDir
@@ -117,11 +117,7 @@ def _caption_scores(
     written: list[str] = []
     for batch in stream.in_order():
         features = objectives.image_features(model, batch, device)
-        known = model.known_image(features) if config.caption.word_bonus else None
-        cross = model.cross_keys_values(model.adapt(features, known), "decoder")
-        bonus = None
-        if known is not None:
-            bonus = config.caption.word_bonus * model.word_bonus(known, vocabulary)
+        cross, bonus = read_images(model, features, config.caption.word_bonus, vocabulary)
         captions = generate(
             model,
             cross,
