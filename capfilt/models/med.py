@@ -606,6 +606,11 @@ class GridAdapter(nn.Module):
             tokens = F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
         return tokens
 
+    @property
+    def lacks_components(self) -> bool:
+        """Whether the components that it reduces cells to are still to be found."""
+        return self.reduces and not self.components_mean.any()
+
     def set_components(self, cells: Tensor) -> None:
         """Finds the principal components of cells.
 
@@ -827,7 +832,7 @@ class MED(nn.Module):
                 `GridAdapter.cells`), not standardised.
         """
         assert self.adapter is not None
-        if not self.adapter.components_mean.any():
+        if self.adapter.lacks_components:
             self.adapter.set_components(self._standardised(tokens))
 
     def set_components(self, pooled: Tensor) -> None:

@@ -105,7 +105,7 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
     if model.config.lite_levels == "all":
         model.set_channel_scale(*scale.mean_and_std())
     if cells:
-        model.set_grid_components(torch.cat(cells))
+        model.set_grid_components(torch.cat(cells).to(device))
     pooled = torch.cat(images)
     if model.config.pooled_components is not None:
         model.set_components(pooled)
@@ -125,9 +125,9 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
 def _drawn_cells(model: MED, pictures: int) -> dict[int, list[int]]:
     """The cells that the grid's components are found from: picture to `CELLS` places in its grid.
 
-    Of more than `CELL_PICTURES` pictures, a draw of so many.
+    Of more than `CELL_PICTURES` pictures, a draw of so many; none once the components are found.
     """
-    if model.adapter is None or model.config.grid_components is None:
+    if model.adapter is None or not model.adapter.lacks_components:
         return {}
     rng = np.random.default_rng(17)
     count = model.adapter.side**2
