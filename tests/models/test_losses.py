@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import socket
 from typing import Any
@@ -454,6 +455,9 @@ def run_rank(rank: int, port: int, results: Any) -> None:
         gradients = {n: p.grad.tolist() for n, p in model.module.named_parameters()}
         results.put((mean.item(), gradients))
     torch.distributed.barrier()
+    # in its reference cycles DDP would outlive the group, and the group's threads abort the process
+    del model, loss, mean
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
