@@ -39,7 +39,7 @@ def web(count: int, share: float, seed: int = 0) -> tuple[cal.Pool, np.ndarray]:
         ["match", "random", "near", "swap"], count, p=[share, *((1 - share) * np.array([0.75, 0.17, 0.08]))]
     )  # fmt: skip
     itm, itc = np.empty(count), np.empty(count)
-    for kind in set(kinds):
+    for kind in ("match", "random", "near", "swap"):  # a set would come in another order each time
         rows = kinds == kind
         itm[rows], itc[rows] = drawn(int(rows.sum()), kind, random)
     return cal.Pool(itm, itc, count), kinds == "match"
