@@ -124,7 +124,7 @@ class Model(_Section):
     pair with: a text that fits many pictures says little of one. 0 is off."""
     itm_words: int = Field(0, ge=0)
     """Small preset: the most frequent words, so many at most, whose presence in a picture's caption
-    ITM's start learns to foresee: it then sees a single word that is wrong. 0 is off."""
+    ITM's start learns to foresee: it then finds a single word that is wrong. 0 is off."""
     itc_heads: Positive = 1
     """Small preset: so many ITC heads side by side; the similarity is the mean of theirs."""
     grid_side: Positive | None = None

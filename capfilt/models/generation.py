@@ -60,11 +60,11 @@ def read_images(
     Raises:
         ConfigError: a bonus, and the model has no word detectors.
     """
+    cross_kv = model.cross_keys_values(model.adapt(features), "decoder")
     if not word_bonus:
-        return model.cross_keys_values(model.adapt(features), "decoder"), None
-    known = model.known_image(features)
-    cross_kv = model.cross_keys_values(model.adapt(features, known), "decoder")
-    return cross_kv, word_bonus * model.word_bonus(known, vocab_ids)
+        return cross_kv, None
+    bonus = word_bonus * model.word_bonus(model.pool_image(features), vocab_ids)
+    return cross_kv, bonus
 
 
 @torch.inference_mode()

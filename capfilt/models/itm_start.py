@@ -4,7 +4,8 @@ BLIP's ITM learns from 14 million pairs what a match is. With some thousand pair
 learns next to nothing, but the ITC embeddings know a lot already: a logistic regression on them is
 where ITM starts, and its own layers add to that.
 
-Dimensions: N pairs, K pictures and K texts of the bank, E ITC embedding, L text tokens, W words.
+Dimensions: N pairs, K pictures and K texts of the bank, E ITC embedding, I width of the pooled
+image, L text tokens, W words, v rows of the vocabulary.
 """
 
 import math
@@ -17,6 +18,14 @@ from torch import Tensor, nn
 
 UNSEEN = -0.7
 """What a word that the detectors don't know counts, in units of log probability."""
+FOLDS = 5
+"""So many nets make up the detectors; each has not seen one of so many parts of the pictures."""
+RELATED = 20
+"""A word is compared with at most so many that may stand in its place."""
+SURE = -2.0
+"""Log-odds below which a word counts as right, and no more."""
+ABSENT = -12.0
+"""What stands for the log probability of a word where there is none to compare with."""
 
 
 class ITMStart(nn.Module):
@@ -26,7 +35,8 @@ class ITMStart(nn.Module):
     man outside") is similar to many pictures, so its similarity with one of them says little; what
     it has in common with a bank of other pictures is held against it, and in the same way for the
     picture. And at the text alone: advertisements and file names don't sound like captions. And at
-    single words: a text may be like the picture as a whole, and one word of it wrong.
+    single words: a text may be like the picture as a whole, and one word of it wrong
+    (`WordDetectors`, `WrongWord`).
 
     Attributes:
         weights: the regression's, in the order of `evidence`.
@@ -38,12 +48,20 @@ class ITMStart(nn.Module):
     closest neighbours count most."""
 
     def __init__(
-        self, embed_dim: int, *, bank: int, words: int, vocab_size: int, special_ids: Sequence[int]
+        self,
+        embed_dim: int,
+        *,
+        pooled_width: int,
+        bank: int,
+        words: int,
+        vocab_size: int,
+        special_ids: Sequence[int],
     ) -> None:
         """Makes it.
 
         Args:
             embed_dim: E.
+            pooled_width: I.
             bank: K; 0 for none.
             words: W, for `WordDetectors`; 0 for none.
             vocab_size: of the tokenizer.
@@ -56,24 +74,28 @@ class ITMStart(nn.Module):
             self.bank_texts = nn.Buffer(torch.zeros(bank, embed_dim))
             self.style = nn.Linear(embed_dim, 1)
         self.words: WordDetectors | None = None
+        self.wrong_word: WrongWord | None = None
         if words:
-            self.words = WordDetectors(embed_dim, words, vocab_size, special_ids)
-        self.weights = nn.Parameter(torch.zeros(1 + 3 * (bank > 0) + (words > 0)))
+            self.words = WordDetectors(pooled_width, words, vocab_size, special_ids)
+            self.wrong_word = WrongWord(words)
+        self.weights = nn.Parameter(torch.zeros(1 + 3 * (bank > 0) + 2 * (words > 0)))
         nn.init.constant_(self.weights[:1], 10.0)
         self.bias = nn.Parameter(torch.tensor(0.0))
 
-    def evidence(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+    def evidence(self, images: Tensor, texts: Tensor, ids: Tensor, pooled: Tensor) -> Tensor:
         """What the regression reads.
 
         Args:
             images: ITC embeddings `[N, E]`.
             texts: `[N, E]`, the texts of these pictures.
             ids: `[N, L]`, the tokens of these texts.
+            pooled: `[N, I]`, the pooled images.
 
         Returns:
             A column each: similarity; with a bank the commonness of the text and of the picture,
             and the style of the text (0 for a caption, below for what does not sound like one);
-            with word detectors what they hold against the text (0 or below).
+            with word detectors what they hold against the text (0 or below), and how sure it is
+            that no word of it is wrong.
         """
         columns = [(images * texts).sum(-1)]
         if self.has_bank:
@@ -83,42 +105,57 @@ class ITMStart(nn.Module):
                 columns.append(common / self.SHARPNESS)
             columns.append(self.style(texts)[:, 0].clamp(max=0.0))
         if self.words is not None:
-            columns.append(self.words(images, ids))
+            assert self.wrong_word is not None
+            logits = self.words.logits(pooled)
+            columns.append(self.words(logits, ids))
+            columns.append(-self.wrong_word(logits, ids, self.words))
         return torch.stack(columns, dim=1)
 
-    def forward(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, images: Tensor, texts: Tensor, ids: Tensor, pooled: Tensor) -> Tensor:
         """Log-odds of a match, `[N]`; arguments as in `evidence`."""
-        return self.evidence(images, texts, ids) @ self.weights + self.bias
+        return self.evidence(images, texts, ids, pooled) @ self.weights + self.bias
 
 
 class WordDetectors(nn.Module):
-    """How probable each word is in a caption of a picture, read from its ITC embedding.
+    """How probable each word is in a caption of a picture, read from its pooled image.
+
+    Several nets say so and their logits are averaged. None has seen all pictures that they were
+    taught with, so for each of these there is one that says of it what it would of a new one.
 
     Attributes:
         size: W.
+        nets: `FOLDS` of them.
         columns: int64 `[vocab_size]`, the detector of each token; W for special tokens, W + 1 for
             tokens that have none.
         prior: `[W]`, log-odds of the words in captions of any picture.
+        told: `[W]`, how much the pictures tell of each word: nats by which the detectors know
+            better than the prior, for each time that the word stands in a caption. Next to nothing
+            for "the".
     """
 
     HIDDEN = 512
 
     def __init__(
-        self, embed_dim: int, words: int, vocab_size: int, special_ids: Sequence[int]
+        self, pooled_width: int, words: int, vocab_size: int, special_ids: Sequence[int]
     ) -> None:
         super().__init__()
         self.size = words
         self.columns = nn.Buffer(torch.full((vocab_size,), words + 1))
         self.columns[list(special_ids)] = words
         self.prior = nn.Buffer(torch.zeros(words))
-        self.head = nn.Sequential(
-            nn.LayerNorm(embed_dim),
-            nn.Dropout(0.3),
-            nn.Linear(embed_dim, self.HIDDEN),
-            nn.GELU(),
-            nn.Dropout(0.6),
-            nn.Linear(self.HIDDEN, words),
-        ).requires_grad_(False)
+        self.told = nn.Buffer(torch.zeros(words))
+        self.nets = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(pooled_width),
+                nn.Dropout(0.3),
+                nn.Linear(pooled_width, self.HIDDEN),
+                nn.GELU(),
+                nn.Dropout(0.6),
+                nn.Linear(self.HIDDEN, words),
+            ).requires_grad_(False)
+            for _ in range(FOLDS)
+        )
+        self.eval()
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: they are taught by the head warm-up alone, and then fixed."""
@@ -140,48 +177,136 @@ class WordDetectors(nn.Module):
         self.columns[self.columns != self.size] = self.size + 1
         self.columns[list(ids)] = torch.arange(len(ids), device=self.columns.device)
         self.prior.copy_(torch.logit(share, eps=1e-4))
-        for part in self.head:
-            if isinstance(part, nn.LayerNorm | nn.Linear):
-                part.reset_parameters()
-        last = self.head[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        last.bias.copy_(self.prior)
+        self.told.zero_()
+        for net in self.nets:
+            assert isinstance(net, nn.Sequential)
+            for part in net:
+                if isinstance(part, nn.LayerNorm | nn.Linear):
+                    part.reset_parameters()
+            last = net[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            last.bias.copy_(self.prior)
 
-    def lift(self, images: Tensor) -> Tensor:
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Log-odds of each word in a caption: pooled images `[N, I]` to `[N, W]`."""
+        return torch.stack([net(pooled) for net in self.nets]).mean(0)
+
+    def lift(self, logits: Tensor) -> Tensor:
         """How much more probable each word is in a caption of a picture than in any caption.
 
         Args:
-            images: ITC embeddings `[N, E]`.
+            logits: `[N, W]`, of the pictures.
 
         Returns:
             `[N, W]`, log probability less that of the prior.
         """
-        return F.logsigmoid(self.head(images)) - F.logsigmoid(self.prior)
+        return F.logsigmoid(logits) - F.logsigmoid(self.prior)
 
-    def bonus(self, images: Tensor, vocab_ids: Tensor) -> Tensor:
+    def bonus(self, pooled: Tensor, vocab_ids: Tensor) -> Tensor:
         """The lift, where it is above 0, of each token; of one without a detector it is 0.
 
         Args:
-            images: ITC embeddings `[N, E]`.
+            pooled: images `[N, I]`.
             vocab_ids: int64 `[v]`.
 
         Returns:
             `[N, v]`.
         """
-        more = self.lift(images).clamp(min=0.0)
+        more = self.lift(self.logits(pooled)).clamp(min=0.0)
         return F.pad(more, (0, 2))[:, self.columns[vocab_ids]]
 
-    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, ids: Tensor) -> Tensor:
         """What the words of a text are less probable here than in any caption, summed.
 
         Args:
-            images: ITC embeddings `[N, E]`.
+            logits: `[N, W]`, of the pictures.
             ids: `[N, L]`, the texts' tokens.
 
         Returns:
             `[N]`, 0 or below: log probability less that of the prior, where it is less.
         """
-        less = self.lift(images).clamp(max=0.0)
+        less = self.lift(logits).clamp(max=0.0)
         fixed = less.new_tensor([0.0, UNSEEN]).expand(len(less), 2)
         return torch.cat([less, fixed], dim=1).gather(1, self.columns[ids]).sum(1)
+
+
+class WrongWord(nn.Module):
+    """How probable it is that one word of a text was exchanged for another: a red dog, a black dog.
+
+    A text with one word exchanged is as similar to its picture as the right one, or nearly so. What
+    gives it away is that the detectors expect a related word in its place. A small net weighs that
+    up for each word; it is taught with captions of which a word was exchanged on purpose.
+
+    Attributes:
+        related: int64 `[W + 2, RELATED]`, the detectors of the words that may stand in the place of
+            each word; W where there are no more.
+    """
+
+    HIDDEN = 64
+    COLUMNS = 8
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.related = nn.Buffer(torch.full((words + 2, RELATED), words))
+        self.net = nn.Sequential(
+            nn.Linear(self.COLUMNS, self.HIDDEN), nn.GELU(), nn.Linear(self.HIDDEN, 1)
+        ).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode, as the detectors do."""
+        return super().train(False)
+
+    def word_logits(self, logits: Tensor, ids: Tensor, words: WordDetectors) -> Tensor:
+        """Log-odds that each token of a text was exchanged.
+
+        Args:
+            logits: the detectors', `[N, W]`, of the pictures.
+            ids: `[N, L]`, the texts' tokens.
+            words: the detectors.
+
+        Returns:
+            `[N, L]`; `ABSENT` for special tokens.
+        """
+        found: Tensor = self.net(self._columns(logits, words.columns[ids], words))[..., 0]
+        return found.masked_fill(words.columns[ids] == words.size, ABSENT)
+
+    def _columns(self, logits: Tensor, columns: Tensor, words: WordDetectors) -> Tensor:
+        """What the net reads of each token, `[N, L, COLUMNS]`, in like units."""
+        count = words.size
+        known = columns < count
+        # two more columns: special tokens, and tokens without a detector
+        likely = F.pad(F.logsigmoid(logits), (0, 2))
+        lift = F.pad(words.lift(logits), (0, 2))
+        others = self.related[columns]
+        there = torch.zeros_like(likely, dtype=torch.bool).scatter_(1, columns, True)
+        # a word that the text itself holds is no other word in the place of this one
+        absent = (others == count) | _each(there, others)
+        likely_others = _each(likely, others).masked_fill(absent, ABSENT)
+        lift_others = _each(lift, others).masked_fill(absent, ABSENT)
+        compared = ~absent.all(2)
+        own, own_lift = likely.gather(1, columns), lift.gather(1, columns)
+        parts = [
+            own * known / 3,
+            own_lift * known / 1.5,
+            F.pad(words.prior, (0, 2))[columns] * known / 3,
+            (own - likely_others.amax(2)) * compared / 3,
+            (own_lift - lift_others.amax(2)) * compared / 1.5,
+            (own - likely_others.logsumexp(2)) * compared / 3,
+            compared,
+            known,
+        ]
+        return torch.stack([part.to(logits.dtype) for part in parts], dim=2)
+
+    def forward(self, logits: Tensor, ids: Tensor, words: WordDetectors) -> Tensor:
+        """Log-odds that the most doubtful word was exchanged, `[N]`, `SURE` at least.
+
+        A text without a doubtful word is no better for it: advertisements have none either.
+        Arguments as of `word_logits`.
+        """
+        return self.word_logits(logits, ids, words).amax(1).clamp(min=SURE)
+
+
+def _each(values: Tensor, columns: Tensor) -> Tensor:
+    """Some columns of each row: `[N, W']` and int64 `[N, L, M]` to `[N, L, M]`."""
+    return values.gather(1, columns.flatten(1)).view(columns.shape)

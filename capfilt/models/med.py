@@ -109,7 +109,8 @@ class MEDConfig:
             `ITMStart`.
         itm_bank: pictures and texts, as many of each, that `ITMStart` compares a pair with; 0
             leaves only the similarity.
-        itm_words: words whose presence `ITMStart` foresees in a picture; 0 for none.
+        itm_words: words whose presence `ITMStart` foresees in a picture, and that it compares with
+            those that may stand in their place; 0 for none.
     """
 
     image_tower: str = "vit"
@@ -756,6 +757,7 @@ class MED(nn.Module):
         if config.itm_from_itc:
             self.itm_start = ITMStart(
                 config.embed_dim,
+                pooled_width=config.pooled_width,
                 bank=config.itm_bank,
                 words=config.itm_words,
                 vocab_size=config.vocab_size,
@@ -970,27 +972,30 @@ class MED(nn.Module):
 
     # image-grounded text encoder (ITM)
 
-    def itm_start_of(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor | None:
+    def itm_start_of(
+        self, images: Tensor, texts: Tensor, ids: Tensor, pooled: Tensor
+    ) -> Tensor | None:
         """What `itm_logits` starts from.
 
         Args:
             images: ITC embeddings `[N, E]`.
             texts: `[N, E]`, the texts of these pictures.
             ids: `[N, L]`, the tokens of these texts; which first token doesn't matter.
+            pooled: `[N, pooled_width]`, from `pool_image`.
 
         Returns:
             `[N]`, the log-odds of a match that ITC sees; None without `itm_from_itc`.
         """
         if not self.config.itm_from_itc:
             return None
-        start: Tensor = self.itm_start(images, texts, ids)
+        start: Tensor = self.itm_start(images, texts, ids, pooled)
         return start
 
-    def word_bonus(self, images: Tensor, vocab_ids: Tensor | None) -> Tensor:
+    def word_bonus(self, pooled: Tensor, vocab_ids: Tensor | None) -> Tensor:
         """How much more probable each token is in a caption of the picture than in any caption.
 
         Args:
-            images: `[B, E]`, ITC embeddings.
+            pooled: `[B, pooled_width]`, from `pool_image`.
             vocab_ids: `[v]` int64; None for the whole vocabulary.
 
         Returns:
@@ -1006,8 +1011,8 @@ class MED(nn.Module):
                 "train it anew, or set word_bonus: 0"
             )
         if vocab_ids is None:
-            vocab_ids = torch.arange(self.config.vocab_size, device=images.device)
-        return words.bonus(images, vocab_ids)
+            vocab_ids = torch.arange(self.config.vocab_size, device=pooled.device)
+        return words.bonus(pooled, vocab_ids)
 
     def itm_logits(
         self,

@@ -168,7 +168,8 @@ def score_pairs(
     from capfilt.models.tokens import clean, tokenize
 
     device = features.device
-    images = model.embed_image(features)
+    pooled = model.pool_image(features)
+    images = model.project_image(pooled)
     cross = model.cross_keys_values(model.adapt(features), "encoder")
     cleaned = [clean(text) for text in texts]
     # texts of like length go together, so that a long one does not pad the others
@@ -183,7 +184,7 @@ def score_pairs(
         ids, mask = ids.to(device), mask.to(device)
         embeds = model.embed_text(ids, mask)
         similarity = (images[rows] * embeds).sum(-1)
-        itm_start = model.itm_start_of(images[rows], embeds, ids)
+        itm_start = model.itm_start_of(images[rows], embeds, ids, pooled[rows])
         if config.first_token == "enc":
             ids, mask = tokenize(tokenizer, part, config.max_tokens, first_token="enc")  # type: ignore[arg-type]
             ids, mask = ids.to(device), mask.to(device)

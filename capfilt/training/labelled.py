@@ -158,7 +158,8 @@ def fit_start(
         texts = [labelled.texts[i] for i in rows.tolist()]
         ids, mask = (x.to(device) for x in tokenize(tokenizer, texts, max_tokens))
         features = _features(model, labelled, labelled.rows[rows].tolist(), device)
-        parts.append(start(model.known_image(features), model.embed_text(ids, mask), ids).cpu())
+        image, text = model.known_image(features), model.embed_text(ids, mask)
+        parts.append(start(image, text, ids, model.pool_image(features)).cpu())
     logits, match = torch.cat(parts).double(), labelled.match.double()
     design = torch.stack([logits, torch.ones_like(logits)], dim=1)
     before = torch.tensor([1.0, 0.0], dtype=torch.float64)  # scale, shift
@@ -210,7 +211,8 @@ def labelled_itm(
     with torch.no_grad():
         known_texts = model.embed_text(first.to(device), first_mask.to(device))
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
-    start = model.itm_start_of(known, known_texts, ids.to(device))
+    pooled = model.pool_image(features).detach()
+    start = model.itm_start_of(known, known_texts, ids.to(device), pooled)
     cross = model.cross_keys_values(model.adapt(features, known), "encoder")
     rows = torch.arange(len(texts), device=device)
     logits = model.itm_logits(ids.to(device), mask.to(device), cross, image_index=rows, start=start)

@@ -32,26 +32,30 @@ class Embedded:
         known_images: the same without dropout and gradient: ITM chooses its negatives by these and
             reads their similarity.
         known_texts: the same for the texts.
+        pooled: `[B, pooled_width]`, the pooled images without gradient.
     """
 
     images: Tensor
     texts: Tensor
     known_images: Tensor
     known_texts: Tensor
+    pooled: Tensor
 
 
 def embed(model: MED, features: Tensor, ids: Tensor, mask: Tensor) -> Embedded:
     """A batch in ITC's space: `[B, P, Dv]` features, `[B, L]` ids and mask."""
     pooled = model.pool_text(model.text_hidden(ids, mask), mask)
-    images, texts = model.embed_image(features), model.project_text(pooled)
+    pooled_images = model.pool_image(features)
+    images, texts = model.project_image(pooled_images), model.project_text(pooled)
+    pooled_images = pooled_images.detach()
     if model.config.projection_hidden is None:  # heads without dropout
-        return Embedded(images, texts, images.detach(), texts.detach())
+        return Embedded(images, texts, images.detach(), texts.detach(), pooled_images)
     with torch.no_grad():
         training = model.text_proj.training
         model.text_proj.eval()
         known_texts = model.project_text(pooled)
         model.text_proj.train(training)
-    return Embedded(images, texts, model.known_image(features), known_texts)
+    return Embedded(images, texts, model.known_image(features), known_texts, pooled_images)
 
 
 def image_features(model: MED, batch: Batch, device: str) -> Tensor:
@@ -240,7 +244,8 @@ def itm_objective(
             text_embeds = torch.cat(
                 [text_embeds, model.embed_text(first.to(device), first_mask.to(device))]
             )
-    itm_start = model.itm_start_of(images[image_rows], text_embeds, ids)
+    pooled = losses.gather_with_gradient(embedded.pooled)
+    itm_start = model.itm_start_of(images[image_rows], text_embeds, ids, pooled[image_rows])
     image_index = image_rows
     if ranks.world_size() > 1:
         # hard images of other processes: their keys and values are computed from their tokens

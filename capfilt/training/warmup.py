@@ -25,25 +25,33 @@ from torch import Tensor, nn
 
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
-from capfilt.models.itm_start import WordDetectors
+from capfilt.models.itm_start import ABSENT, WordDetectors
 from capfilt.models.med import MED, Dropout, zero_last_layer
 from capfilt.models.tokens import tokenize
 from capfilt.training import ranks
 from capfilt.training.data import Stream
+from capfilt.training.swaps import WordSwaps
 
 TEXTS_AT_A_TIME = 128
+EVIDENCE_AT_A_TIME = 1024
 COMMONNESS = 0.35
 """How much the commonness of a text, and of a picture, counts against their similarity. Fitted to
 pairs that the heads had not seen, logistic regression gives 0.3 to 0.45 (Flickr8k)."""
-STYLE = 0.04
+STYLE = 0.05
 """How much one unit (log-odds) of style counts beside the similarity."""
-WORDS = 0.003
+WORDS = 0.006
 """How much one unit (log probability) that the words of a text lack counts."""
+WRONG_WORD = 0.035
+"""How much one unit (log-odds) of the most doubtful word counts."""
 CELLS, CELL_PICTURES = 4, 6000
 """So many cells of so many pictures, at most, are what the grid's components are found from."""
 WORD_MIN_COUNT = 6
 """A word must stand in so many texts to get a detector."""
 WORD_STEPS, WORD_BATCH, WORD_LR = 600, 256, 2e-3
+SWAP_BELIEVED = 0.6
+"""Words are exchanged in texts that weigh so much at least: others may be wrong as they are."""
+SWAPS_A_TEXT = 2
+SWAP_STEPS, SWAP_BATCH, SWAP_LR = 1000, 256, 5e-3
 
 
 @dataclass(frozen=True)
@@ -313,16 +321,29 @@ def start_itm_from_itc(
         _learn_style(start.style, texts, pooled)
         shares += [-COMMONNESS, -COMMONNESS, STYLE]
     if start.words is not None:
-        _learn_words(start.words, images, ids, pooled, believed, seed)
-        shares += [WORDS]
+        unseen = _learn_words(start.words, ids, pooled, believed, seed)
+        _learn_wrong_word(model, tokenizer, pooled, believed, unseen, max_tokens, seed)
+        shares += [WORDS, WRONG_WORD]
     # where there are web pairs they decide: a human pair that was trained on looks too good
     chosen = ~pooled.human if weights else np.ones(len(believed), bool)
     believed = believed[chosen]
     direction = torch.tensor(shares, device=images.device)
     with torch.no_grad():
         right, wrong = (
-            (start.evidence(images, texts[rows], ids[rows]) @ direction).cpu().numpy()[chosen]
-            for rows in (own, other)
+            torch.cat(
+                [
+                    start.evidence(image, texts[rows], ids[rows], part) @ direction
+                    for image, part, rows in zip(
+                        images.split(EVIDENCE_AT_A_TIME),
+                        pooled.images.split(EVIDENCE_AT_A_TIME),
+                        of.split(EVIDENCE_AT_A_TIME),
+                        strict=True,
+                    )
+                ]
+            )
+            .cpu()
+            .numpy()[chosen]
+            for of in (own, other)
         )
     fit = LogisticRegression(C=1e6).fit(
         np.concatenate([right, wrong])[:, None],
@@ -368,41 +389,132 @@ def _learn_style(style: nn.Linear, texts: Tensor, pooled: Pooled) -> None:
 
 
 def _learn_words(
-    words: WordDetectors,
-    images: Tensor,
-    ids: Tensor,
-    pooled: Pooled,
-    believed: np.ndarray,
-    seed: int,
-) -> None:
+    words: WordDetectors, ids: Tensor, pooled: Pooled, believed: np.ndarray, seed: int
+) -> Tensor:
     """Teaches the detectors which words stand in a picture's texts: logistic loss on each word.
 
     Args:
         words: trained in place; those it knows are the most frequent ones.
-        images: ITC embeddings `[N, E]`.
         ids: tokens of the distinct texts, `[M, L]`.
-        pooled: which texts are whose.
+        pooled: the pictures, and which texts are whose.
         believed: `[N]`, how much the texts of a picture count; people's count twice.
         seed: of the draws.
+
+    Returns:
+        `[N, W]`, what the one net says of each picture that was not taught with it; float16.
     """
     weight = believed * np.where(pooled.human, 2.0, 1.0)
     known, target = _word_targets(words, ids, pooled, weight)
     counted = torch.from_numpy(weight).float()
-    average = (target * counted[:, None]).sum(0) / counted.sum()
+    times = (target * counted[:, None]).sum(0)
     torch.manual_seed(seed)
     with torch.no_grad():
-        words.know(known, average)
-    words.head.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(words.head.parameters(), weight_decay=0.05)
-    rng, rows = np.random.default_rng([seed, 13]), np.flatnonzero(weight)
-    for batch in _batches(rng, rows, WORD_BATCH, WORD_STEPS, optimizer, WORD_LR):
-        logits, wanted = words.head(images[batch]), target[batch].to(images.device)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1)
-        heavy = counted[batch].to(images.device)
-        (loss @ heavy / heavy.sum()).backward()
+        words.know(known, times / counted.sum())
+    rng = np.random.default_rng([seed, 13])
+    fold = rng.integers(len(words.nets), size=len(weight))
+    unseen = torch.zeros(len(weight), words.size, dtype=torch.float16)
+    gained = torch.zeros(words.size)
+    for number, net in enumerate(words.nets):
+        rows = np.flatnonzero((weight > 0) & (fold != number))
+        net.requires_grad_(True).train()
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        for batch in _batches(rng, rows, WORD_BATCH, WORD_STEPS, optimizer, WORD_LR):
+            logits, wanted = net(pooled.images[batch]), target[batch].to(pooled.images.device)
+            loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1)
+            heavy = counted[batch].to(pooled.images.device)
+            (loss @ heavy / heavy.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        net.requires_grad_(False).eval()
+        left_out = torch.from_numpy(np.flatnonzero(fold == number))
+        for part in left_out.split(EVIDENCE_AT_A_TIME):
+            said = net(pooled.images[part]).float().cpu()
+            unseen[part] = said.half()
+            worse = _bce(words.prior.cpu().expand_as(said), target[part])
+            gained += ((worse - _bce(said, target[part])) * counted[part, None]).sum(0)
+    with torch.no_grad():
+        words.told.copy_(gained / times.clamp(min=1e-6))
+    return unseen
+
+
+def _bce(logits: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+def _learn_wrong_word(
+    model: MED,
+    tokenizer: Any,
+    pooled: Pooled,
+    believed: np.ndarray,
+    unseen: Tensor,
+    max_tokens: int,
+    seed: int,
+) -> None:
+    """Teaches `WrongWord` with captions of which one word is exchanged for a related one.
+
+    Args:
+        model: its `itm_start.wrong_word` is trained in place.
+        tokenizer: of its text tower.
+        pooled: the pictures and their texts.
+        believed: `[N]`, how much the texts of a picture count.
+        unseen: `[N, W]`, from `_learn_words`: what detectors say of a picture that they were taught
+            with looks better than what they say of a new one.
+        max_tokens: longest text.
+        seed: of the draws.
+    """
+    words, wrong_word = model.itm_start.words, model.itm_start.wrong_word
+    assert words is not None and wrong_word is not None
+    swaps = WordSwaps.learn(model, tokenizer, pooled.captions)
+    vocabulary = tokenizer.get_vocab()
+    columns = words.columns.tolist()
+    wrong_word.related.fill_(words.size)
+    for word, neighbours in swaps.neighbours.items():
+        others = [columns[vocabulary[other]] for other in neighbours]
+        others = [column for column in others if column < words.size]
+        own = columns[vocabulary[word]]
+        if own < words.size and others:
+            wrong_word.related[own, : len(others)] = torch.tensor(others)
+    rng = np.random.default_rng([seed, 19])
+    rows: list[int] = []
+    right: list[str] = []
+    changed: list[str] = []
+    for row in np.flatnonzero(believed >= SWAP_BELIEVED).tolist():
+        for text in pooled.owned[row]:
+            caption = pooled.captions[text]
+            swapped = [swaps.swap(caption, rng) for _ in range(SWAPS_A_TEXT)]
+            found = [caption, *(other for other in swapped if other is not None)]
+            changed += found
+            right += [caption] * len(found)
+            rows += [row] * len(found)
+    last = wrong_word.net[-1]
+    assert isinstance(last, nn.Linear)
+    if changed == right:
+        # no word could be exchanged: it says the same of every text
+        nn.init.zeros_(last.weight)
+        return
+    ids, other_ids = (tokenize(tokenizer, part, max_tokens)[0] for part in (changed, right))
+    device = wrong_word.related.device
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for part in wrong_word.net:
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
+    wrong_word.net.requires_grad_(True)
+    optimizer = torch.optim.AdamW(wrong_word.net.parameters(), weight_decay=0.01)
+    every = np.arange(len(rows))
+    for batch in _batches(rng, every, SWAP_BATCH, SWAP_STEPS, optimizer, SWAP_LR):
+        # a word is exchanged for one that is a single token too, so the tokens stay in line
+        exchanged = (ids[batch] != other_ids[batch]).float().to(device)
+        pictures = [rows[i] for i in batch]
+        logits = wrong_word.word_logits(
+            unseen[pictures].float().to(device), ids[batch].to(device), words
+        )
+        heavy = (logits > ABSENT) * torch.from_numpy(believed[pictures]).to(logits)[:, None]
+        loss = F.binary_cross_entropy_with_logits(logits, exchanged, reduction="none")
+        ((loss * heavy).sum() / heavy.sum()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    words.head.requires_grad_(False).eval()
+    wrong_word.net.requires_grad_(False)
 
 
 def _word_targets(

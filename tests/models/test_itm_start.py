@@ -7,15 +7,26 @@ import torch
 from tiny_models import LITE, tiny
 
 from capfilt.models import med
-from capfilt.models.itm_start import UNSEEN, ITMStart, WordDetectors
+from capfilt.models.itm_start import (
+    ABSENT,
+    FOLDS,
+    SURE,
+    UNSEEN,
+    ITMStart,
+    WordDetectors,
+    WrongWord,
+)
 
 SPECIAL = (0, 101, 102)
 NO_IDS = torch.zeros(5, 3, dtype=torch.long)
+POOLED = torch.randn(5, 10, generator=torch.Generator().manual_seed(3))
 
 
 def make(bank: int = 0, words: int = 0) -> ITMStart:
     torch.manual_seed(0)
-    return ITMStart(16, bank=bank, words=words, vocab_size=200, special_ids=SPECIAL).eval()
+    return ITMStart(
+        16, pooled_width=10, bank=bank, words=words, vocab_size=200, special_ids=SPECIAL
+    ).eval()
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -28,7 +39,7 @@ def test_alone_it_is_a_line_of_the_similarity() -> None:
     with torch.no_grad():
         start.weights.copy_(torch.tensor([7.0]))
         start.bias.fill_(-2.0)
-        found = start(images, texts, NO_IDS)
+        found = start(images, texts, NO_IDS, POOLED)
     torch.testing.assert_close(found, 7.0 * (images * texts).sum(-1) - 2.0)
 
 
@@ -41,7 +52,7 @@ def test_commonness_and_style_are_held_against_a_pair() -> None:
         start.style.weight.copy_(torch.randn(1, 16))
         start.weights.copy_(torch.tensor([10.0, -3.0, -2.0, 0.5]))
         start.bias.fill_(0.25)
-        found = start(images, texts, NO_IDS)
+        found = start(images, texts, NO_IDS, POOLED)
         for row in range(5):
             image, text = images[row], texts[row]
             like_text = np.mean([np.exp(20 * float(text @ other)) for other in start.bank_images])
@@ -54,18 +65,28 @@ def test_commonness_and_style_are_held_against_a_pair() -> None:
             assert float(found[row]) == pytest.approx(wanted, abs=1e-4)
 
 
+def detectors(words: int = 3) -> WordDetectors:
+    """Of the tokens 150, 160, 170 and so on, with something to say."""
+    torch.manual_seed(0)
+    found = WordDetectors(10, words, 200, SPECIAL)
+    with torch.no_grad():
+        found.columns[torch.arange(150, 150 + 10 * words, 10)] = torch.arange(words)
+        found.prior.copy_(torch.tensor([-1.0, -2.0, 0.5, -0.5, 0.1])[:words])
+        for net in found.nets:
+            net[-1].weight.normal_(std=0.5)
+    return found
+
+
 def test_words_that_the_picture_lacks_are_held_against_a_text() -> None:
     torch.manual_seed(0)
-    words = WordDetectors(16, 3, 200, SPECIAL).eval()
-    with torch.no_grad():
-        words.columns[[150, 160, 170]] = torch.arange(3)
-        words.prior.copy_(torch.tensor([-1.0, -2.0, 0.5]))
-        words.head[-1].weight.normal_(std=0.3)
-    images = unit(2, 16)
+    words = detectors()
+    pooled = POOLED[:2]
     ids = torch.tensor([[101, 150, 160, 102, 0, 0], [101, 170, 150, 199, 102, 0]])
     with torch.no_grad():
-        found = words(images, ids)
-        logits = words.head(images).double().numpy()
+        found = words(words.logits(pooled), ids)
+        each = [net(pooled).double().numpy() for net in words.nets]
+    assert len(each) == FOLDS and not np.allclose(each[0], each[1])
+    logits = np.mean(each, axis=0)
     probable, usual = 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(-words.prior.double().numpy()))
     less = np.minimum(0, np.log(probable / usual))
     assert float(found[0]) == pytest.approx(less[0, 0] + less[0, 1], abs=1e-5)
@@ -73,7 +94,7 @@ def test_words_that_the_picture_lacks_are_held_against_a_text() -> None:
     assert (less < 0).any() and (less == 0).any()
     more = np.maximum(0, np.log(probable / usual))
     with torch.no_grad():
-        bonus = words.bonus(images, torch.tensor([102, 150, 160, 170, 199]))
+        bonus = words.bonus(pooled, torch.tensor([102, 150, 160, 170, 199]))
     expected = np.concatenate([np.zeros((2, 1)), more, np.zeros((2, 1))], axis=1)
     np.testing.assert_allclose(bonus.numpy(), expected, atol=1e-5)
     assert (more > 0).any()
@@ -84,11 +105,13 @@ def test_padding_and_first_token_do_not_matter() -> None:
     with torch.no_grad():
         assert start.words is not None
         start.words.columns[[150, 151]] = torch.tensor([3, 1])
-        start.words.head[-1].weight.normal_(std=0.3)
+        for net in start.words.nets:
+            net[-1].weight.normal_(std=0.3)
+        start.wrong_word.related[1, 0] = 4
         start.weights.fill_(1.0)
-        images, texts = unit(1, 16), unit(1, 16)
-        short = start(images, texts, torch.tensor([[101, 150, 151, 102]]))
-        long = start(images, texts, torch.tensor([[102, 151, 150, 102, 0, 0, 0]]))
+        images, texts, pooled = unit(1, 16), unit(1, 16), POOLED[:1]
+        short = start(images, texts, torch.tensor([[101, 150, 151, 102]]), pooled)
+        long = start(images, texts, torch.tensor([[102, 151, 150, 102, 0, 0, 0]]), pooled)
     torch.testing.assert_close(short, long)
 
 
@@ -99,14 +122,17 @@ def test_a_saved_model_knows_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         start.words.columns[[103, 110]] = torch.tensor([0, 5])
         start.words.prior.normal_()
+        start.wrong_word.related.random_(7)
         start.bank_images.normal_()
     med.save(model, tmp_path)
     again = med.load(tmp_path).itm_start
     images, texts = unit(2, LITE.embed_dim), unit(2, LITE.embed_dim)
     ids = torch.tensor([[101, 103, 102], [101, 110, 111]])
+    pooled = torch.randn(2, LITE.pooled_width)
     with torch.no_grad():
-        assert torch.equal(again.evidence(images, texts, ids), start.evidence(images, texts, ids))
-        assert start.evidence(images, texts, ids).shape == (2, 5)
+        found = start.evidence(images, texts, ids, pooled)
+        assert torch.equal(again.evidence(images, texts, ids, pooled), found)
+    assert found.shape == (2, 6)
 
 
 def test_detectors_are_taught_in_the_warm_up_alone() -> None:
@@ -116,9 +142,56 @@ def test_detectors_are_taught_in_the_warm_up_alone() -> None:
     with torch.no_grad():
         start.words.know([150, 160], torch.tensor([0.5, 0.1, 0.0, 0.0, 0.0]))
         assert start.words.columns[[150, 160, 170, 101]].tolist() == [0, 1, 6, 5]
-        images = unit(3, 16)
+        pooled = POOLED[:3]
         ids = torch.tensor([[101, 150, 160, 102]]).expand(3, 4)
         # not taught yet: every word is as probable as in any caption
-        torch.testing.assert_close(start.words(images, ids), torch.zeros(3))
-        start.words.head[-1].weight.normal_()
-        assert torch.equal(start.words(images, ids), start.words(images, ids))
+        torch.testing.assert_close(start.words(start.words.logits(pooled), ids), torch.zeros(3))
+        for net in start.words.nets:
+            net[-1].weight.normal_()
+        assert torch.equal(start.words.logits(pooled), start.words.logits(pooled))
+    assert not start.wrong_word.training
+
+
+def test_a_word_is_weighed_against_those_that_may_stand_in_its_place() -> None:
+    """What the net reads, worked out by hand for each token."""
+    words, wrong = detectors(5), WrongWord(5)
+    wrong.related[0, :3] = torch.tensor([1, 2, 4])
+    wrong.related[3, :1] = torch.tensor([0])
+    ids = torch.tensor([[101, 150, 160, 199, 102, 0], [101, 180, 150, 170, 102, 0]])
+    with torch.no_grad():
+        logits = words.logits(POOLED[:2])
+        found = wrong._columns(logits, words.columns[ids], words)
+    likely = -np.logaddexp(0, -logits.double().numpy())
+    lift = likely + np.logaddexp(0, -words.prior.double().numpy())
+    related = {0: [1, 2, 4], 3: [0]}
+    for row, text in enumerate([[None, 0, 1, None, None, None], [None, 3, 0, 2, None, None]]):
+        for place, column in enumerate(text):
+            wanted = np.zeros(8)
+            # a word that the text itself holds does not stand in another's place
+            others = [other for other in related.get(column, []) if other not in text]
+            if column is not None:
+                own, more = likely[row, column], lift[row, column]
+                wanted[[0, 1, 2, 7]] = own / 3, more / 1.5, float(words.prior[column]) / 3, 1
+                if others:
+                    theirs = likely[row, others]
+                    wanted[3] = (own - theirs.max()) / 3
+                    wanted[4] = (more - lift[row, others].max()) / 1.5
+                    wanted[5] = (own - np.log(np.exp(theirs).sum())) / 3
+                    wanted[6] = 1
+            np.testing.assert_allclose(found[row, place].numpy(), wanted, atol=1e-3)
+    assert found[0, 1, 6] == 1 and found[1, 1, 6] == 0 and found[1, 2, 6] == 1
+
+
+def test_the_most_doubtful_word_speaks_for_the_text() -> None:
+    words, wrong = detectors(5), WrongWord(5)
+    with torch.no_grad():
+        wrong.net[-1].weight.normal_(std=3.0)
+        ids = torch.tensor([[101, 150, 160, 102, 0], [101, 180, 150, 170, 102]])
+        logits = words.logits(POOLED[:2])
+        each = wrong.word_logits(logits, ids, words)
+        assert each[0, [0, 3, 4]].tolist() == [ABSENT] * 3
+        assert each[1, [0, 4]].tolist() == [ABSENT] * 2
+        torch.testing.assert_close(wrong(logits, ids, words), each.amax(1).clamp(min=SURE))
+        # a text without words is as good as one of words beyond doubt
+        none = wrong(logits[:1], torch.tensor([[101, 102]]), words)
+    assert none.tolist() == [SURE]

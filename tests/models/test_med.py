@@ -380,9 +380,9 @@ def test_the_grid_is_reduced_to_components_that_stay(tmp_path: Path) -> None:
 
 def test_word_bonus_needs_detectors() -> None:
     model = MED(dataclasses.replace(LITE, itm_words=9))
-    assert model.word_bonus(torch.randn(2, LITE.embed_dim), None).shape == (2, LITE.vocab_size)
+    assert model.word_bonus(torch.randn(2, LITE.pooled_width), None).shape == (2, LITE.vocab_size)
     with pytest.raises(ConfigError, match="no word detectors"):
-        MED(LITE).word_bonus(torch.randn(2, LITE.embed_dim), None)
+        MED(LITE).word_bonus(torch.randn(2, LITE.pooled_width), None)
 
 
 def test_all_levels_are_standardised_before_cross_attention() -> None:

@@ -128,8 +128,9 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
         start.bank_texts.normal_()
         start.style.weight.normal_(std=5)
         start.words.columns[104:] = torch.arange(len(start.words.columns) - 104) % 12
-        start.words.head[-1].weight.normal_(std=0.3)
-        start.weights.copy_(torch.tensor([4.0, -1.0, -1.0, 0.1, 0.1]))
+        for net in start.words.nets:
+            net[-1].weight.normal_(std=0.3)
+        start.weights.copy_(torch.tensor([4.0, -1.0, -1.0, 0.1, 0.1, 0.1]))
         start.bias.fill_(-1.0)
     rng = torch.Generator().manual_seed(1)
     tokens = [(6 * torch.rand(4, 1280, generator=rng)).half() for _ in range(20)]
@@ -143,8 +144,9 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
         model.eval()
         with torch.no_grad():
             ids, mask = tokenize(tokenizer, texts, 12, first_token="cls")
-            images = model.known_image(torch.stack(tokens).float()[rows])
-            return start(images, model.embed_text(ids, mask), ids)
+            shown = torch.stack(tokens).float()[rows]
+            embeds = model.known_image(shown), model.embed_text(ids, mask)
+            return start(*embeds, ids, model.pool_image(shown))
 
     before, weights = logits(), start.weights.detach().clone()
     truth = 1.5 * before + 2.0
