@@ -366,7 +366,8 @@ class Caption(_Section):
     """Divides the logits of tokens that are there already."""
     word_bonus: float = Field(0.0, ge=0)
     """How much the words that `model.itm_words` foresees count: until a caption holds it, a word's
-    logit rises by so many times its log probability here over that in any caption. 0 is off."""
+    logit rises by so many times its log probability here over that in any caption (whole words, no
+    pieces). 0 is off."""
     min_tokens: Positive = 5
     """Shortest caption, in tokens with the prompt."""
     max_tokens: Positive = 20

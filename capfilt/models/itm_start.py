@@ -128,6 +128,7 @@ class WordDetectors(nn.Module):
         columns: int64 `[vocab_size]`, the detector of each token; W for special tokens, W + 1 for
             tokens that have none.
         prior: `[W]`, log-odds of the words in captions of any picture.
+        whole: bool `[W]`, whether the token is a word by itself, no piece of one and no sign.
         told: `[W]`, how much the pictures tell of each word: nats by which the detectors know
             better than the prior, for each time that the word stands in a caption. Next to nothing
             for "the".
@@ -143,6 +144,7 @@ class WordDetectors(nn.Module):
         self.columns = nn.Buffer(torch.full((vocab_size,), words + 1))
         self.columns[list(special_ids)] = words
         self.prior = nn.Buffer(torch.zeros(words))
+        self.whole = nn.Buffer(torch.zeros(words, dtype=torch.bool))
         self.told = nn.Buffer(torch.zeros(words))
         self.nets = nn.ModuleList(
             nn.Sequential(
@@ -166,17 +168,20 @@ class WordDetectors(nn.Module):
         special: list[int] = torch.nonzero(self.columns == self.size)[:, 0].tolist()
         return special
 
-    def know(self, ids: Sequence[int], share: Tensor) -> None:
+    def know(self, ids: Sequence[int], share: Tensor, whole: Sequence[bool]) -> None:
         """Starts anew, with detectors of these words.
 
         Args:
             ids: the words, W at most.
             share: `[W]`, how often each stands in a caption of any picture, 0..1: what the
                 detectors say before they are taught.
+            whole: of each of these words, whether it is one by itself.
         """
         self.columns[self.columns != self.size] = self.size + 1
         self.columns[list(ids)] = torch.arange(len(ids), device=self.columns.device)
         self.prior.copy_(torch.logit(share, eps=1e-4))
+        self.whole.zero_()
+        self.whole[: len(ids)] = torch.tensor(whole, device=self.whole.device)
         self.told.zero_()
         for net in self.nets:
             assert isinstance(net, nn.Sequential)
@@ -204,7 +209,9 @@ class WordDetectors(nn.Module):
         return F.logsigmoid(logits) - F.logsigmoid(self.prior)
 
     def bonus(self, pooled: Tensor, vocab_ids: Tensor) -> Tensor:
-        """The lift, where it is above 0, of each token; of one without a detector it is 0.
+        """The lift, where it is above 0, of each token that is a whole word; of others it is 0.
+
+        A piece that is foreseen ("##ing") would be put behind any word.
 
         Args:
             pooled: images `[N, I]`.
@@ -213,7 +220,7 @@ class WordDetectors(nn.Module):
         Returns:
             `[N, v]`.
         """
-        more = self.lift(self.logits(pooled)).clamp(min=0.0)
+        more = self.lift(self.logits(pooled)).clamp(min=0.0) * self.whole
         return F.pad(more, (0, 2))[:, self.columns[vocab_ids]]
 
     def forward(self, logits: Tensor, ids: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ def start_itm_from_itc(
         _learn_style(start.style, texts, pooled)
         shares += [-COMMONNESS, -COMMONNESS, STYLE]
     if start.words is not None:
-        unseen = _learn_words(start.words, ids, pooled, believed, seed)
+        unseen = _learn_words(start.words, tokenizer, ids, pooled, believed, seed)
         _learn_wrong_word(model, tokenizer, pooled, believed, unseen, max_tokens, seed)
         shares += [WORDS, WRONG_WORD]
     # where there are web pairs they decide: a human pair that was trained on looks too good
@@ -389,12 +389,18 @@ def _learn_style(style: nn.Linear, texts: Tensor, pooled: Pooled) -> None:
 
 
 def _learn_words(
-    words: WordDetectors, ids: Tensor, pooled: Pooled, believed: np.ndarray, seed: int
+    words: WordDetectors,
+    tokenizer: Any,
+    ids: Tensor,
+    pooled: Pooled,
+    believed: np.ndarray,
+    seed: int,
 ) -> Tensor:
     """Teaches the detectors which words stand in a picture's texts: logistic loss on each word.
 
     Args:
         words: trained in place; those it knows are the most frequent ones.
+        tokenizer: of the text tower.
         ids: tokens of the distinct texts, `[M, L]`.
         pooled: the pictures, and which texts are whose.
         believed: `[N]`, how much the texts of a picture count; people's count twice.
@@ -409,7 +415,9 @@ def _learn_words(
     times = (target * counted[:, None]).sum(0)
     torch.manual_seed(seed)
     with torch.no_grad():
-        words.know(known, times / counted.sum())
+        # WordPiece marks a piece within a word by ##
+        whole = [token.isalpha() for token in tokenizer.convert_ids_to_tokens(known)]
+        words.know(known, times / counted.sum(), whole)
     rng = np.random.default_rng([seed, 13])
     fold = rng.integers(len(words.nets), size=len(weight))
     unseen = torch.zeros(len(weight), words.size, dtype=torch.float16)

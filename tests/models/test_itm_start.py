@@ -72,6 +72,7 @@ def detectors(words: int = 3) -> WordDetectors:
     with torch.no_grad():
         found.columns[torch.arange(150, 150 + 10 * words, 10)] = torch.arange(words)
         found.prior.copy_(torch.tensor([-1.0, -2.0, 0.5, -0.5, 0.1])[:words])
+        found.whole[:2] = True
         for net in found.nets:
             net[-1].weight.normal_(std=0.5)
     return found
@@ -93,6 +94,8 @@ def test_words_that_the_picture_lacks_are_held_against_a_text() -> None:
     assert float(found[1]) == pytest.approx(less[1, 2] + less[1, 0] + UNSEEN, abs=1e-5)
     assert (less < 0).any() and (less == 0).any()
     more = np.maximum(0, np.log(probable / usual))
+    assert (more[:, 2] > 0).any()
+    more[:, 2] = 0  # a piece of a word
     with torch.no_grad():
         bonus = words.bonus(pooled, torch.tensor([102, 150, 160, 170, 199]))
     expected = np.concatenate([np.zeros((2, 1)), more, np.zeros((2, 1))], axis=1)
@@ -140,8 +143,9 @@ def test_detectors_are_taught_in_the_warm_up_alone() -> None:
     start = make(words=5).train()
     assert start.words is not None and start.words.special_ids() == list(SPECIAL)
     with torch.no_grad():
-        start.words.know([150, 160], torch.tensor([0.5, 0.1, 0.0, 0.0, 0.0]))
+        start.words.know([150, 160], torch.tensor([0.5, 0.1, 0.0, 0.0, 0.0]), [True, False])
         assert start.words.columns[[150, 160, 170, 101]].tolist() == [0, 1, 6, 5]
+        assert start.words.whole.tolist() == [True, False, False, False, False]
         pooled = POOLED[:3]
         ids = torch.tensor([[101, 150, 160, 102]]).expand(3, 4)
         # not taught yet: every word is as probable as in any caption

@@ -72,7 +72,7 @@ def test_words_that_pictures_tell_of_are_exchanged_however_frequent_they_are() -
     with torch.no_grad():
         table[content, 0] += 3.0  # content words are near each other, and so are the others
         table[rest, 1] += 3.0
-        detectors.know([*content, *rest], torch.full((20,), 0.1))
+        detectors.know([*content, *rest], torch.full((20,), 0.1), [True] * 19)
         detectors.told[:12] = 0.5
         detectors.told[WORDS.index("green")] = 0.0  # hard to see, but its like are told
     swaps = WordSwaps.learn(model, tokenizer, captions)

@@ -149,6 +149,9 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     human = {text for row in np.flatnonzero(pooled.human) for text in pooled.owned[row]}
     web = {text for row in np.flatnonzero(~pooled.human) for text in pooled.owned[row]} - human
     assert style[sorted(human)].mean() > style[sorted(web)].mean() + 1
+    known = (start.words.columns < start.words.size).nonzero()[:, 0].tolist()
+    for word, token in zip(known, tokenizer.convert_ids_to_tokens(known), strict=True):
+        assert start.words.whole[start.words.columns[word]] == token.isalpha()
     # the words of a picture's own text are held less against it than those of another's
     ids = tokenize(tokenizer, pooled.captions, 16)[0]
     own = torch.tensor([texts[0] for texts in pooled.owned])
