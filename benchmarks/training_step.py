@@ -119,7 +119,7 @@ def step_of(preset: str, rows: int, device: str, precision: str) -> Callable[[],
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             losses = pretrain_losses(
                 batch, 1, generator, model=model, tokenizer=tokenizer, contrast=contrast,
-                vocabulary=vocabulary, weights={}, settings=settings, first_itm_step=0,
+                vocabulary=vocabulary, weights={}, settings=settings, lm_only_steps=0,
                 easy_steps=0, device=device,
             )  # fmt: skip
         losses["loss"].backward()
