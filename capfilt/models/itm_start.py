@@ -9,7 +9,7 @@ image, L text tokens, W words, v rows of the vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -263,6 +263,18 @@ class WrongWord(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode, as the detectors do."""
         return super().train(False)
+
+    def relate(self, neighbours: Mapping[int, Sequence[int]]) -> None:
+        """Says which words may stand in the place of each: all by the columns of their detectors.
+
+        Columns of words without a detector (W and above) are left out.
+        """
+        count = len(self.related) - 2
+        self.related.fill_(count)
+        for own, others in neighbours.items():
+            known = [other for other in others if other < count][:RELATED]
+            if own < count and known:
+                self.related[own, : len(known)] = torch.tensor(known, device=self.related.device)
 
     def word_logits(self, logits: Tensor, ids: Tensor, words: WordDetectors) -> Tensor:
         """Log-odds that each token of a text was exchanged.

@@ -332,19 +332,13 @@ def start_itm_from_itc(
         right, wrong = (
             torch.cat(
                 [
-                    start.evidence(image, texts[rows], ids[rows], part) @ direction
-                    for image, part, rows in zip(
-                        images.split(EVIDENCE_AT_A_TIME),
-                        pooled.images.split(EVIDENCE_AT_A_TIME),
-                        of.split(EVIDENCE_AT_A_TIME),
-                        strict=True,
-                    )
+                    start.evidence(images[at], texts[of[at]], ids[of[at]], pooled.images[at])
+                    for at in torch.arange(len(of)).split(EVIDENCE_AT_A_TIME)
                 ]
             )
-            .cpu()
-            .numpy()[chosen]
             for of in (own, other)
         )
+        right, wrong = ((x @ direction).cpu().numpy()[chosen] for x in (right, wrong))
     fit = LogisticRegression(C=1e6).fit(
         np.concatenate([right, wrong])[:, None],
         np.repeat([1, 0], [len(right), len(wrong)]),
@@ -424,6 +418,8 @@ def _learn_words(
     gained = torch.zeros(words.size)
     for number, net in enumerate(words.nets):
         rows = np.flatnonzero((weight > 0) & (fold != number))
+        if not len(rows):  # a handful of pictures, all of them in one part
+            rows = np.flatnonzero(weight)
         net.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         for batch in _batches(rng, rows, WORD_BATCH, WORD_STEPS, optimizer, WORD_LR):
@@ -473,15 +469,14 @@ def _learn_wrong_word(
     words, wrong_word = model.itm_start.words, model.itm_start.wrong_word
     assert words is not None and wrong_word is not None
     swaps = WordSwaps.learn(model, tokenizer, pooled.captions)
-    vocabulary = tokenizer.get_vocab()
     columns = words.columns.tolist()
-    wrong_word.related.fill_(words.size)
-    for word, neighbours in swaps.neighbours.items():
-        others = [columns[vocabulary[other]] for other in neighbours]
-        others = [column for column in others if column < words.size]
-        own = columns[vocabulary[word]]
-        if own < words.size and others:
-            wrong_word.related[own, : len(others)] = torch.tensor(others)
+    tokens = tokenizer.get_vocab()
+    wrong_word.relate(
+        {
+            columns[tokens[word]]: [columns[tokens[other]] for other in near]
+            for word, near in swaps.neighbours.items()
+        }
+    )
     rng = np.random.default_rng([seed, 19])
     rows: list[int] = []
     right: list[str] = []

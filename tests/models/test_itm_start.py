@@ -159,8 +159,7 @@ def test_detectors_are_taught_in_the_warm_up_alone() -> None:
 def test_a_word_is_weighed_against_those_that_may_stand_in_its_place() -> None:
     """What the net reads, worked out by hand for each token."""
     words, wrong = detectors(5), WrongWord(5)
-    wrong.related[0, :3] = torch.tensor([1, 2, 4])
-    wrong.related[3, :1] = torch.tensor([0])
+    wrong.relate({0: [1, 6, 2, 4], 3: [0, 5], 6: [1], 2: [5]})  # 5 and above have no detector
     ids = torch.tensor([[101, 150, 160, 199, 102, 0], [101, 180, 150, 170, 102, 0]])
     with torch.no_grad():
         logits = words.logits(POOLED[:2])

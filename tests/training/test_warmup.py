@@ -9,6 +9,7 @@ import torch
 from small_run import TINY, write_run
 
 from capfilt.config import HeadWarmup
+from capfilt.models.itm_start import WordDetectors
 from capfilt.models.med import MED
 from capfilt.models.tokens import load_tokenizer, tokenize
 from capfilt.schema import FEATURES
@@ -185,3 +186,19 @@ def test_what_people_said_of_a_text_outweighs_the_heads(prepared, tmp_path: Path
     )
     assert weights["web-00000-00000"] == 0.0 and weights["web-00000-00003"] == 1.0
     assert len(weights) == 40 and len(set(weights.values())) > 10
+
+
+def test_detectors_of_a_handful_of_pictures_say_something_finite(monkeypatch) -> None:
+    """All pictures may be in one part, and a net would have none to learn from."""
+    monkeypatch.setattr(warmup, "WORD_STEPS", 3)
+    captions = ["a red dog", "a dog in the snow"]
+    pooled = warmup.Pooled(
+        ["web-00000-00000"], np.array([False]), torch.randn(1, 12), captions, torch.randn(2, 8), [[0, 1]]
+    )  # fmt: skip
+    tokenizer = load_tokenizer()
+    words = WordDetectors(12, 9, 30524, (0, 101, 102))
+    monkeypatch.setattr(warmup, "WORD_MIN_COUNT", 1)
+    ids = tokenize(tokenizer, captions, 8)[0]
+    unseen = warmup._learn_words(words, tokenizer, ids, pooled, np.ones(1), 0)
+    assert torch.isfinite(unseen).all() and torch.isfinite(words.told).all()
+    assert torch.isfinite(words.logits(torch.randn(3, 12))).all()
