@@ -25,7 +25,8 @@ RELATED = 20
 SURE = -2.0
 """Log-odds below which a word counts as right, and no more."""
 ABSENT = -12.0
-"""What stands for the log probability of a word where there is none to compare with."""
+"""What stands for the log probability of a word where there is none to compare with, and for the
+log-odds that a special token was exchanged."""
 
 
 class ITMStart(nn.Module):

@@ -54,34 +54,30 @@ class WordSwaps:
         """
         counts = Counter(word for caption in captions for word in caption.split())
         vocabulary = tokenizer.get_vocab()
+        told = _told(model)
         common = (
             {word for word, _ in counts.most_common(FUNCTION_WORDS)}
-            if len(captions) > 500
+            if told is None and len(captions) > 500
             else set()
         )
-        told = _told(model)
         words = [
             word
             for word, count in sorted(counts.items())
-            if count >= MIN_COUNT
-            and word in vocabulary
-            and word.isalpha()
-            and (told is not None or word not in common)
+            if count >= MIN_COUNT and word in vocabulary and word.isalpha() and word not in common
         ]
         if len(words) < 10:
             return cls({}, {})
         table = model.encoder.embeddings.word.weight.detach().float().cpu()
         vectors = F.normalize(table[[vocabulary[word] for word in words]], dim=-1)
+        similar = vectors @ vectors.T
         if told is not None:
             tells = told[[vocabulary[word] for word in words]]
-            closest = (vectors @ vectors.T).topk(min(CLOSEST, len(words))).indices
+            closest = similar.topk(min(CLOSEST, len(words))).indices
             kept = (torch.maximum(tells, tells[closest].median(1).values) >= TOLD).nonzero()[:, 0]
-            words, vectors = [words[i] for i in kept.tolist()], vectors[kept]
+            words, similar = [words[i] for i in kept.tolist()], similar[kept][:, kept]
             if len(words) < 2:
                 return cls({}, {})
-        near = (
-            (vectors @ vectors.T).fill_diagonal_(-1).topk(min(NEIGHBOURS, len(words) - 1)).indices
-        )
+        near = similar.fill_diagonal_(-1).topk(min(NEIGHBOURS, len(words) - 1)).indices
         neighbours = {}
         for word, row in zip(words, near.tolist(), strict=True):
             # another form of the same word ("dog", "dogs") is no mismatch

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
-from capfilt.models.itm_start import ABSENT, WordDetectors
+from capfilt.models.itm_start import WordDetectors
 from capfilt.models.med import MED, Dropout, zero_last_layer
 from capfilt.models.tokens import tokenize
 from capfilt.training import ranks
@@ -424,7 +424,7 @@ def _learn_words(
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         for batch in _batches(rng, rows, WORD_BATCH, WORD_STEPS, optimizer, WORD_LR):
             logits, wanted = net(pooled.images[batch]), target[batch].to(pooled.images.device)
-            loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1)
+            loss = _bce(logits, wanted).sum(1)
             heavy = counted[batch].to(pooled.images.device)
             (loss @ heavy / heavy.sum()).backward()
             optimizer.step()
@@ -508,13 +508,11 @@ def _learn_wrong_word(
     for batch in _batches(rng, every, SWAP_BATCH, SWAP_STEPS, optimizer, SWAP_LR):
         # a word is exchanged for one that is a single token too, so the tokens stay in line
         exchanged = (ids[batch] != other_ids[batch]).float().to(device)
-        pictures = [rows[i] for i in batch]
-        logits = wrong_word.word_logits(
-            unseen[pictures].float().to(device), ids[batch].to(device), words
-        )
-        heavy = (logits > ABSENT) * torch.from_numpy(believed[pictures]).to(logits)[:, None]
-        loss = F.binary_cross_entropy_with_logits(logits, exchanged, reduction="none")
-        ((loss * heavy).sum() / heavy.sum()).backward()
+        pictures, shown = [rows[i] for i in batch], ids[batch].to(device)
+        logits = wrong_word.word_logits(unseen[pictures].float().to(device), shown, words)
+        is_word = words.columns[shown] != words.size
+        heavy = is_word * torch.from_numpy(believed[pictures]).to(logits)[:, None]
+        ((_bce(logits, exchanged) * heavy).sum() / heavy.sum()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     wrong_word.net.requires_grad_(False)

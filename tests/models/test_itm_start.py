@@ -79,7 +79,6 @@ def detectors(words: int = 3) -> WordDetectors:
 
 
 def test_words_that_the_picture_lacks_are_held_against_a_text() -> None:
-    torch.manual_seed(0)
     words = detectors()
     pooled = POOLED[:2]
     ids = torch.tensor([[101, 150, 160, 102, 0, 0], [101, 170, 150, 199, 102, 0]])
