@@ -121,7 +121,8 @@ class Model(_Section):
     image head reads them, found by `head_warmup`; null reads them whole."""
     itm_bank: int = Field(0, ge=0)
     """Small preset: pictures and texts of the run, as many of each, that ITM's start compares a
-    pair with: a text that fits many pictures says little of one. 0 is off."""
+    pair with: a text that fits many pictures says little of one, and what people wrote of similar
+    pictures tells what may stand in a text. 0 is off."""
     itm_words: int = Field(0, ge=0)
     """Small preset: the most frequent words, so many at most, whose presence in a picture's caption
     ITM's start learns to foresee: it then finds a single word that is wrong. 0 is off."""

@@ -5,7 +5,7 @@ learns next to nothing, but the ITC embeddings know a lot already: a logistic re
 where ITM starts, and its own layers add to that.
 
 Dimensions: N pairs, K pictures and K texts of the bank, E ITC embedding, I width of the pooled
-image, L text tokens, W words, v rows of the vocabulary.
+image, D of the pooled text, L text tokens, W words, v rows of the vocabulary.
 """
 
 import math
@@ -36,8 +36,8 @@ class ITMStart(nn.Module):
     man outside") is similar to many pictures, so its similarity with one of them says little; what
     it has in common with a bank of other pictures is held against it, and in the same way for the
     picture. And at the text alone: advertisements and file names don't sound like captions. And at
-    single words: a text may be like the picture as a whole, and one word of it wrong
-    (`WordDetectors`, `WrongWord`).
+    what people wrote of similar pictures (`Neighbours`). And at single words: a text may be like
+    the picture as a whole, and one word of it wrong (`WordDetectors`, `WrongWord`).
 
     Attributes:
         weights: the regression's, in the order of `evidence`.
@@ -53,6 +53,7 @@ class ITMStart(nn.Module):
         embed_dim: int,
         *,
         pooled_width: int,
+        text_width: int,
         bank: int,
         words: int,
         vocab_size: int,
@@ -63,7 +64,8 @@ class ITMStart(nn.Module):
         Args:
             embed_dim: E.
             pooled_width: I.
-            bank: K; 0 for none.
+            text_width: D.
+            bank: K; 0 for none, and no `Neighbours`.
             words: W, for `WordDetectors`; 0 for none.
             vocab_size: of the tokenizer.
             special_ids: its tokens that are no words.
@@ -74,29 +76,38 @@ class ITMStart(nn.Module):
             self.bank_images = nn.Buffer(torch.zeros(bank, embed_dim))
             self.bank_texts = nn.Buffer(torch.zeros(bank, embed_dim))
             self.style = nn.Linear(embed_dim, 1)
+            self.neighbours = Neighbours(bank, embed_dim, text_width)
         self.words: WordDetectors | None = None
         self.wrong_word: WrongWord | None = None
         if words:
             self.words = WordDetectors(pooled_width, words, vocab_size, special_ids)
             self.wrong_word = WrongWord(words)
-        self.weights = nn.Parameter(torch.zeros(1 + 3 * (bank > 0) + 2 * (words > 0)))
+        self.weights = nn.Parameter(torch.zeros(1 + 4 * (bank > 0) + 2 * (words > 0)))
         nn.init.constant_(self.weights[:1], 10.0)
         self.bias = nn.Parameter(torch.tensor(0.0))
 
-    def evidence(self, images: Tensor, texts: Tensor, ids: Tensor, pooled: Tensor) -> Tensor:
+    def evidence(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        ids: Tensor,
+        pooled_images: Tensor,
+        pooled_texts: Tensor,
+    ) -> Tensor:
         """What the regression reads.
 
         Args:
             images: ITC embeddings `[N, E]`.
             texts: `[N, E]`, the texts of these pictures.
             ids: `[N, L]`, the tokens of these texts.
-            pooled: `[N, I]`, the pooled images.
+            pooled_images: `[N, I]`.
+            pooled_texts: `[N, D]`.
 
         Returns:
             A column each: similarity; with a bank the commonness of the text and of the picture,
-            and the style of the text (0 for a caption, below for what does not sound like one);
-            with word detectors what they hold against the text (0 or below), and how sure it is
-            that no word of it is wrong.
+            the style of the text (0 for a caption, below for what does not sound like one), and how
+            near it is to captions of similar pictures; with word detectors what they hold against
+            the text (0 or below), and how sure it is that no word of it is wrong.
         """
         columns = [(images * texts).sum(-1)]
         if self.has_bank:
@@ -105,16 +116,69 @@ class ITMStart(nn.Module):
                 common = torch.logsumexp(similarities, 1) - math.log(len(bank))
                 columns.append(common / self.SHARPNESS)
             columns.append(self.style(texts)[:, 0].clamp(max=0.0))
+            columns.append(self.neighbours(images, pooled_texts))
         if self.words is not None:
             assert self.wrong_word is not None
-            logits = self.words.logits(pooled)
+            logits = self.words.logits(pooled_images)
             columns.append(self.words(logits, ids))
             columns.append(-self.wrong_word(logits, ids, self.words))
         return torch.stack(columns, dim=1)
 
-    def forward(self, images: Tensor, texts: Tensor, ids: Tensor, pooled: Tensor) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        ids: Tensor,
+        pooled_images: Tensor,
+        pooled_texts: Tensor,
+    ) -> Tensor:
         """Log-odds of a match, `[N]`; arguments as in `evidence`."""
-        return self.evidence(images, texts, ids, pooled) @ self.weights + self.bias
+        found = self.evidence(images, texts, ids, pooled_images, pooled_texts)
+        return found @ self.weights + self.bias
+
+
+class Neighbours(nn.Module):
+    """How near a text is to what people wrote of similar pictures.
+
+    ITC's similarity is one number for a picture and a text; here the pictures that people described
+    speak for themselves, those most similar to the picture at hand loudest. A caption of another
+    dog on grass says what may stand in a caption of this one. Texts are compared as the text tower
+    knows them, before ITC's head. It is a kernel density estimate of the text given the picture.
+
+    Attributes:
+        images: `[K, E]`, ITC embeddings of pictures.
+        texts: `[K, D]`, a caption of each, pooled and of length 1.
+    """
+
+    IMAGE_SHARPNESS = 20.0
+    """Pictures weigh by the softmax of so many times their similarity."""
+    TEXT_SHARPNESS = 15.0
+    """Likewise the similarities with their captions are averaged, by log-mean-exp."""
+    SAME = 0.9999
+    """A picture more similar than this is the same one; its own caption is no neighbour's."""
+
+    def __init__(self, count: int, embed_dim: int, text_width: int) -> None:
+        super().__init__()
+        self.images = nn.Buffer(torch.zeros(count, embed_dim))
+        self.texts = nn.Buffer(torch.zeros(count, text_width))
+
+    def forward(self, images: Tensor, pooled_texts: Tensor) -> Tensor:
+        """At most 0, for a text that is the caption of every similar picture.
+
+        Args:
+            images: ITC embeddings `[N, E]`.
+            pooled_texts: `[N, D]`, the texts of these pictures.
+
+        Returns:
+            `[N]`, in units of cosine similarity.
+        """
+        similar = images @ self.images.T
+        # finite, for a bank that holds no other picture
+        loud = F.log_softmax(
+            (self.IMAGE_SHARPNESS * similar).masked_fill(similar > self.SAME, -1e4), dim=1
+        )
+        near = F.normalize(pooled_texts.float(), dim=-1) @ self.texts.T - 1
+        return torch.logsumexp(loud + self.TEXT_SHARPNESS * near, dim=1) / self.TEXT_SHARPNESS
 
 
 class WordDetectors(nn.Module):

@@ -107,8 +107,9 @@ class MEDConfig:
             before the grid: what ITC knows, ITM and LM needn't learn again (not in BLIP).
         itm_from_itc: add what ITC says of the pair to ITM's match logit (not in BLIP), see
             `ITMStart`.
-        itm_bank: pictures and texts, as many of each, that `ITMStart` compares a pair with; 0
-            leaves only the similarity.
+        itm_bank: pictures and texts, as many of each, that `ITMStart` compares a pair with, and
+            captions of similar pictures that it compares the text with; 0 leaves only the
+            similarity.
         itm_words: words whose presence `ITMStart` foresees in a picture, and that it compares with
             those that may stand in their place; 0 for none.
     """
@@ -758,6 +759,7 @@ class MED(nn.Module):
             self.itm_start = ITMStart(
                 config.embed_dim,
                 pooled_width=config.pooled_width,
+                text_width=config.text_width,
                 bank=config.itm_bank,
                 words=config.itm_words,
                 vocab_size=config.vocab_size,
@@ -973,7 +975,12 @@ class MED(nn.Module):
     # image-grounded text encoder (ITM)
 
     def itm_start_of(
-        self, images: Tensor, texts: Tensor, ids: Tensor, pooled: Tensor
+        self,
+        images: Tensor,
+        texts: Tensor,
+        ids: Tensor,
+        pooled_images: Tensor,
+        pooled_texts: Tensor,
     ) -> Tensor | None:
         """What `itm_logits` starts from.
 
@@ -981,14 +988,15 @@ class MED(nn.Module):
             images: ITC embeddings `[N, E]`.
             texts: `[N, E]`, the texts of these pictures.
             ids: `[N, L]`, the tokens of these texts; which first token doesn't matter.
-            pooled: `[N, pooled_width]`, from `pool_image`.
+            pooled_images: `[N, pooled_width]`, from `pool_image`.
+            pooled_texts: `[N, D]`, from `pool_text`.
 
         Returns:
             `[N]`, the log-odds of a match that ITC sees; None without `itm_from_itc`.
         """
         if not self.config.itm_from_itc:
             return None
-        start: Tensor = self.itm_start(images, texts, ids, pooled)
+        start: Tensor = self.itm_start(images, texts, ids, pooled_images, pooled_texts)
         return start
 
     def word_bonus(self, pooled: Tensor, vocab_ids: Tensor | None) -> Tensor:

@@ -182,9 +182,10 @@ def score_pairs(
         rows = torch.tensor([owners[i] for i in chosen], device=device)
         ids, mask = tokenize(tokenizer, part, config.max_tokens, first_token="cls")  # type: ignore[arg-type]
         ids, mask = ids.to(device), mask.to(device)
-        embeds = model.embed_text(ids, mask)
+        pooled_texts = model.pool_text(model.text_hidden(ids, mask), mask)
+        embeds = model.project_text(pooled_texts)
         similarity = (images[rows] * embeds).sum(-1)
-        itm_start = model.itm_start_of(images[rows], embeds, ids, pooled[rows])
+        itm_start = model.itm_start_of(images[rows], embeds, ids, pooled[rows], pooled_texts)
         if config.first_token == "enc":
             ids, mask = tokenize(tokenizer, part, config.max_tokens, first_token="enc")  # type: ignore[arg-type]
             ids, mask = ids.to(device), mask.to(device)

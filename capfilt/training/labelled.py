@@ -158,8 +158,10 @@ def fit_start(
         texts = [labelled.texts[i] for i in rows.tolist()]
         ids, mask = (x.to(device) for x in tokenize(tokenizer, texts, max_tokens))
         features = _features(model, labelled, labelled.rows[rows].tolist(), device)
-        image, text = model.known_image(features), model.embed_text(ids, mask)
-        parts.append(start(image, text, ids, model.pool_image(features)).cpu())
+        pooled_image = model.pool_image(features)
+        pooled_text = model.pool_text(model.text_hidden(ids, mask), mask)
+        image, text = model.project_image(pooled_image), model.project_text(pooled_text)
+        parts.append(start(image, text, ids, pooled_image, pooled_text).cpu())
     logits, match = torch.cat(parts).double(), labelled.match.double()
     design = torch.stack([logits, torch.ones_like(logits)], dim=1)
     before = torch.tensor([1.0, 0.0], dtype=torch.float64)  # scale, shift
@@ -209,10 +211,12 @@ def labelled_itm(
     known = model.known_image(features)
     first, first_mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
     with torch.no_grad():
-        known_texts = model.embed_text(first.to(device), first_mask.to(device))
+        first, first_mask = first.to(device), first_mask.to(device)
+        pooled_texts = model.pool_text(model.text_hidden(first, first_mask), first_mask)
+        known_texts = model.project_text(pooled_texts)
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
     pooled = model.pool_image(features).detach()
-    start = model.itm_start_of(known, known_texts, ids.to(device), pooled)
+    start = model.itm_start_of(known, known_texts, ids.to(device), pooled, pooled_texts)
     cross = model.cross_keys_values(model.adapt(features, known), "encoder")
     rows = torch.arange(len(texts), device=device)
     logits = model.itm_logits(ids.to(device), mask.to(device), cross, image_index=rows, start=start)

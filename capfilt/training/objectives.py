@@ -32,30 +32,32 @@ class Embedded:
         known_images: the same without dropout and gradient: ITM chooses its negatives by these and
             reads their similarity.
         known_texts: the same for the texts.
-        pooled: `[B, pooled_width]`, the pooled images without gradient.
+        pooled_images: `[B, pooled_width]`, without gradient.
+        pooled_texts: `[B, D]`, without gradient.
     """
 
     images: Tensor
     texts: Tensor
     known_images: Tensor
     known_texts: Tensor
-    pooled: Tensor
+    pooled_images: Tensor
+    pooled_texts: Tensor
 
 
 def embed(model: MED, features: Tensor, ids: Tensor, mask: Tensor) -> Embedded:
     """A batch in ITC's space: `[B, P, Dv]` features, `[B, L]` ids and mask."""
-    pooled = model.pool_text(model.text_hidden(ids, mask), mask)
+    pooled_texts = model.pool_text(model.text_hidden(ids, mask), mask)
     pooled_images = model.pool_image(features)
-    images, texts = model.project_image(pooled_images), model.project_text(pooled)
-    pooled_images = pooled_images.detach()
+    images, texts = model.project_image(pooled_images), model.project_text(pooled_texts)
+    pooled = pooled_images.detach(), pooled_texts.detach()
     if model.config.projection_hidden is None:  # heads without dropout
-        return Embedded(images, texts, images.detach(), texts.detach(), pooled_images)
+        return Embedded(images, texts, images.detach(), texts.detach(), *pooled)
     with torch.no_grad():
         training = model.text_proj.training
         model.text_proj.eval()
-        known_texts = model.project_text(pooled)
+        known_texts = model.project_text(pooled_texts)
         model.text_proj.train(training)
-    return Embedded(images, texts, model.known_image(features), known_texts, pooled_images)
+    return Embedded(images, texts, model.known_image(features), known_texts, *pooled)
 
 
 def image_features(model: MED, batch: Batch, device: str) -> Tensor:
@@ -235,17 +237,22 @@ def itm_objective(
     labels[:count] = 1
     ids, mask = tokenize(tokenizer, pairs, max_tokens, first_token="enc")
     ids, mask, image_rows = ids.to(device), mask.to(device), image_rows.to(device)
-    text_embeds = texts[text_rows.to(device)]
+    pooled_images = losses.gather_with_gradient(embedded.pooled_images)
+    pooled_texts = losses.gather_with_gradient(embedded.pooled_texts)
+    text_rows = text_rows.to(device)
+    text_embeds, pooled_texts = texts[text_rows], pooled_texts[text_rows]
     if further:
         first, first_mask = tokenize(
             tokenizer, [text for _, text in further], max_tokens, first_token="cls"
         )
+        first, first_mask = first.to(device), first_mask.to(device)
         with torch.no_grad():
-            text_embeds = torch.cat(
-                [text_embeds, model.embed_text(first.to(device), first_mask.to(device))]
-            )
-    pooled = losses.gather_with_gradient(embedded.pooled)
-    itm_start = model.itm_start_of(images[image_rows], text_embeds, ids, pooled[image_rows])
+            more = model.pool_text(model.text_hidden(first, first_mask), first_mask)
+            text_embeds = torch.cat([text_embeds, model.project_text(more)])
+            pooled_texts = torch.cat([pooled_texts, more])
+    itm_start = model.itm_start_of(
+        images[image_rows], text_embeds, ids, pooled_images[image_rows], pooled_texts
+    )
     image_index = image_rows
     if ranks.world_size() > 1:
         # hard images of other processes: their keys and values are computed from their tokens

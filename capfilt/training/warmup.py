@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
-from capfilt.models.itm_start import WordDetectors
+from capfilt.models.itm_start import Neighbours, WordDetectors
 from capfilt.models.med import MED, Dropout, zero_last_layer
 from capfilt.models.tokens import tokenize
 from capfilt.training import ranks
@@ -34,11 +34,13 @@ from capfilt.training.swaps import WordSwaps
 
 TEXTS_AT_A_TIME = 128
 EVIDENCE_AT_A_TIME = 1024
-COMMONNESS = 0.35
-"""How much the commonness of a text, and of a picture, counts against their similarity. Fitted to
-pairs that the heads had not seen, logistic regression gives 0.3 to 0.45 (Flickr8k)."""
+COMMON_TEXT, COMMON_IMAGE = 0.85, 0.25
+"""How much the commonness of a text, and of a picture, counts against their similarity. More of a
+picture's finds more exchanged texts; people's judgements (Flickr8k) want less."""
 STYLE = 0.05
 """How much one unit (log-odds) of style counts beside the similarity."""
+NEIGHBOURS = 0.5
+"""How much counts that a text is near to captions of similar pictures."""
 WORDS = 0.006
 """How much one unit (log probability) that the words of a text lack counts."""
 WRONG_WORD = 0.035
@@ -319,7 +321,8 @@ def start_itm_from_itc(
         _fill_bank(start.bank_images, images, rng)
         _fill_bank(start.bank_texts, texts[own], rng)
         _learn_style(start.style, texts, pooled)
-        shares += [-COMMONNESS, -COMMONNESS, STYLE]
+        _fill_neighbours(start.neighbours, images, pooled, rng)
+        shares += [-COMMON_TEXT, -COMMON_IMAGE, STYLE, NEIGHBOURS]
     if start.words is not None:
         unseen = _learn_words(start.words, tokenizer, ids, pooled, believed, seed)
         _learn_wrong_word(model, tokenizer, pooled, believed, unseen, max_tokens, seed)
@@ -332,8 +335,10 @@ def start_itm_from_itc(
         right, wrong = (
             torch.cat(
                 [
-                    start.evidence(images[at], texts[of[at]], ids[of[at]], pooled.images[at])
-                    for at in torch.arange(len(of)).split(EVIDENCE_AT_A_TIME)
+                    start.evidence(
+                        images[at], texts[text], ids[text], pooled.images[at], pooled.texts[text]
+                    )
+                    for at, text in _parts(of)
                 ]
             )
             for of in (own, other)
@@ -352,6 +357,12 @@ def start_itm_from_itc(
     nn.init.zeros_(model.itm_head.bias)
 
 
+def _parts(texts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some pictures at a time, with the text of each: rows of both; `texts` is `[N]`."""
+    for rows in torch.arange(len(texts)).split(EVIDENCE_AT_A_TIME):
+        yield rows, texts[rows]
+
+
 @torch.no_grad()
 def _fill_bank(bank: Tensor, embeds: Tensor, rng: np.random.Generator) -> None:
     """Draws the bank's rows from `[N, E]`; where there are fewer, some of them stand twice."""
@@ -359,6 +370,23 @@ def _fill_bank(bank: Tensor, embeds: Tensor, rng: np.random.Generator) -> None:
         [rng.permutation(len(embeds)) for _ in range(-(-len(bank) // len(embeds)))]
     )
     bank.copy_(embeds[torch.from_numpy(rows[: len(bank)])])
+
+
+@torch.no_grad()
+def _fill_neighbours(
+    neighbours: Neighbours, images: Tensor, pooled: Pooled, rng: np.random.Generator
+) -> None:
+    """Draws from the pairs that people wrote; where there are none, from all.
+
+    The web's texts are what is to be judged: in the bank, a wrong one would vouch for itself.
+    """
+    described = pooled.human if pooled.human.any() else np.ones(len(images), bool)
+    rows = [(row, text) for row in np.flatnonzero(described) for text in pooled.owned[row]]
+    count = len(neighbours.images)
+    drawn = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))])
+    chosen = torch.tensor([rows[i] for i in drawn[:count]])
+    neighbours.images.copy_(images[chosen[:, 0]])
+    neighbours.texts.copy_(F.normalize(pooled.texts[chosen[:, 1]].float(), dim=-1))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from capfilt.models.itm_start import (
     SURE,
     UNSEEN,
     ITMStart,
+    Neighbours,
     WordDetectors,
     WrongWord,
 )
@@ -20,12 +21,19 @@ from capfilt.models.itm_start import (
 SPECIAL = (0, 101, 102)
 NO_IDS = torch.zeros(5, 3, dtype=torch.long)
 POOLED = torch.randn(5, 10, generator=torch.Generator().manual_seed(3))
+POOLED_TEXTS = torch.randn(5, 12, generator=torch.Generator().manual_seed(4))
 
 
 def make(bank: int = 0, words: int = 0) -> ITMStart:
     torch.manual_seed(0)
     return ITMStart(
-        16, pooled_width=10, bank=bank, words=words, vocab_size=200, special_ids=SPECIAL
+        16,
+        pooled_width=10,
+        text_width=12,
+        bank=bank,
+        words=words,
+        vocab_size=200,
+        special_ids=SPECIAL,
     ).eval()
 
 
@@ -39,7 +47,7 @@ def test_alone_it_is_a_line_of_the_similarity() -> None:
     with torch.no_grad():
         start.weights.copy_(torch.tensor([7.0]))
         start.bias.fill_(-2.0)
-        found = start(images, texts, NO_IDS, POOLED)
+        found = start(images, texts, NO_IDS, POOLED, POOLED_TEXTS)
     torch.testing.assert_close(found, 7.0 * (images * texts).sum(-1) - 2.0)
 
 
@@ -50,9 +58,9 @@ def test_commonness_and_style_are_held_against_a_pair() -> None:
         start.bank_images.copy_(unit(6, 16))
         start.bank_texts.copy_(unit(6, 16))
         start.style.weight.copy_(torch.randn(1, 16))
-        start.weights.copy_(torch.tensor([10.0, -3.0, -2.0, 0.5]))
+        start.weights.copy_(torch.tensor([10.0, -3.0, -2.0, 0.5, 0.0]))
         start.bias.fill_(0.25)
-        found = start(images, texts, NO_IDS, POOLED)
+        found = start(images, texts, NO_IDS, POOLED, POOLED_TEXTS)
         for row in range(5):
             image, text = images[row], texts[row]
             like_text = np.mean([np.exp(20 * float(text @ other)) for other in start.bank_images])
@@ -63,6 +71,33 @@ def test_commonness_and_style_are_held_against_a_pair() -> None:
                 + 0.5 * style + 0.25
             )  # fmt: skip
             assert float(found[row]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_captions_of_similar_pictures_speak_for_a_text() -> None:
+    neighbours = Neighbours(6, 16, 12)
+    images, texts = unit(3, 16), torch.randn(3, 12)
+    with torch.no_grad():
+        neighbours.images.copy_(unit(6, 16))
+        neighbours.texts.copy_(unit(6, 12))
+        neighbours.images[4] = images[2]  # the third picture itself
+        found = neighbours(images, texts)
+        for row in range(3):
+            loud = np.exp([20 * float(images[row] @ other) for other in neighbours.images])
+            if row == 2:
+                loud[4] = 0
+            text = texts[row] / texts[row].norm()
+            near = np.exp([15 * float(text @ other) - 15 for other in neighbours.texts])
+            wanted = np.log((loud * near).sum() / loud.sum()) / 15
+            assert float(found[row]) == pytest.approx(wanted, abs=1e-5)
+        # the caption of the most similar picture is nearer than any other text
+        neighbours.images.copy_(torch.eye(16)[:6])
+        picture = torch.nn.functional.normalize(torch.eye(16)[:1] + 0.2, dim=-1)
+        own = neighbours(picture, 3 * neighbours.texts[:1])
+        assert -0.05 < own.item() <= 0
+        assert own > neighbours(picture.expand(5, 16), neighbours.texts[1:]).max()
+        # a bank of that one picture still says something
+        neighbours.images.copy_(images[:1])
+        assert neighbours(images[:1], texts[:1]).isfinite().all()
 
 
 def detectors(words: int = 3) -> WordDetectors:
@@ -111,9 +146,9 @@ def test_padding_and_first_token_do_not_matter() -> None:
             net[-1].weight.normal_(std=0.3)
         start.wrong_word.related[1, 0] = 4
         start.weights.fill_(1.0)
-        images, texts, pooled = unit(1, 16), unit(1, 16), POOLED[:1]
-        short = start(images, texts, torch.tensor([[101, 150, 151, 102]]), pooled)
-        long = start(images, texts, torch.tensor([[102, 151, 150, 102, 0, 0, 0]]), pooled)
+        embeds, pooled = (unit(1, 16), unit(1, 16)), (POOLED[:1], POOLED_TEXTS[:1])
+        short = start(*embeds, torch.tensor([[101, 150, 151, 102]]), *pooled)
+        long = start(*embeds, torch.tensor([[102, 151, 150, 102, 0, 0, 0]]), *pooled)
     torch.testing.assert_close(short, long)
 
 
@@ -126,15 +161,17 @@ def test_a_saved_model_knows_the_same(tmp_path: Path) -> None:
         start.words.prior.normal_()
         start.wrong_word.related.random_(7)
         start.bank_images.normal_()
+        start.neighbours.images.normal_()
+        start.neighbours.texts.normal_()
     med.save(model, tmp_path)
     again = med.load(tmp_path).itm_start
     images, texts = unit(2, LITE.embed_dim), unit(2, LITE.embed_dim)
     ids = torch.tensor([[101, 103, 102], [101, 110, 111]])
-    pooled = torch.randn(2, LITE.pooled_width)
+    pooled = torch.randn(2, LITE.pooled_width), torch.randn(2, LITE.text_width)
     with torch.no_grad():
-        found = start.evidence(images, texts, ids, pooled)
-        assert torch.equal(again.evidence(images, texts, ids, pooled), found)
-    assert found.shape == (2, 6)
+        found = start.evidence(images, texts, ids, *pooled)
+        assert torch.equal(again.evidence(images, texts, ids, *pooled), found)
+    assert found.shape == (2, 7)
 
 
 def test_detectors_are_taught_in_the_warm_up_alone() -> None:

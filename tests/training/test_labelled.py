@@ -126,11 +126,13 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
     with torch.no_grad():
         start.bank_images.normal_()
         start.bank_texts.normal_()
+        start.neighbours.images.normal_()
+        start.neighbours.texts.normal_()
         start.style.weight.normal_(std=5)
         start.words.columns[104:] = torch.arange(len(start.words.columns) - 104) % 12
         for net in start.words.nets:
             net[-1].weight.normal_(std=0.3)
-        start.weights.copy_(torch.tensor([4.0, -1.0, -1.0, 0.1, 0.1, 0.1]))
+        start.weights.copy_(torch.tensor([4.0, -1.0, -1.0, 0.1, 0.2, 0.1, 0.1]))
         start.bias.fill_(-1.0)
     rng = torch.Generator().manual_seed(1)
     tokens = [(6 * torch.rand(4, 1280, generator=rng)).half() for _ in range(20)]
@@ -146,7 +148,8 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
             ids, mask = tokenize(tokenizer, texts, 12, first_token="cls")
             shown = torch.stack(tokens).float()[rows]
             embeds = model.known_image(shown), model.embed_text(ids, mask)
-            return start(*embeds, ids, model.pool_image(shown))
+            pooled_texts = model.pool_text(model.text_hidden(ids, mask), mask)
+            return start(*embeds, ids, model.pool_image(shown), pooled_texts)
 
     before, weights = logits(), start.weights.detach().clone()
     truth = 1.5 * before + 2.0

@@ -9,7 +9,7 @@ import torch
 from small_run import TINY, write_run
 
 from capfilt.config import HeadWarmup
-from capfilt.models.itm_start import WordDetectors
+from capfilt.models.itm_start import Neighbours, WordDetectors
 from capfilt.models.med import MED
 from capfilt.models.tokens import load_tokenizer, tokenize
 from capfilt.schema import FEATURES
@@ -139,7 +139,7 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     assert len(start.bank_images.unique(dim=0)) == 100
     similarity, common_text, common_image, *further = start.weights.tolist()
     assert similarity > 0 and common_text < 0 and common_image < 0
-    assert len(further) == 3 and min(further) > 0  # style, words, wrong word
+    assert len(further) == 4 and min(further) > 0  # style, neighbours, words, wrong word
     found = model.adapter.components.clone()
     torch.testing.assert_close(found @ found.T, torch.eye(8), atol=1e-3, rtol=0)
     pooled = warmup.pool_pairs(model, tokenizer, stream, 16, "cpu")
@@ -162,6 +162,28 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
         wrong = start.words(logits, ids[own.roll(7)])[torch.from_numpy(pooled.human)]
     assert right.mean() > wrong.mean() + 0.5
     assert not any(parameter.requires_grad for parameter in start.words.parameters())
+
+
+@pytest.mark.parametrize("human", [(1, 3), ()])
+def test_neighbours_are_pictures_that_people_described(human: tuple[int, ...]) -> None:
+    """Each with a caption of its own; all pictures where people described none."""
+    torch.manual_seed(0)
+    owned = [[0], [1, 2], [3], [4, 5, 6], [7]]
+    described = np.isin(np.arange(5), human)
+    pooled = warmup.Pooled(
+        list("abcde"), described, torch.zeros(5, 1), list("tuvwxyz-"), 3 * torch.randn(8, 4), owned
+    )
+    images, neighbours = torch.eye(6)[:5], Neighbours(12, 6, 4)
+    warmup._fill_neighbours(neighbours, images, pooled, np.random.default_rng(0))
+    texts = torch.nn.functional.normalize(pooled.texts, dim=-1)
+    rows = neighbours.images.argmax(1).tolist()
+    found = [
+        (row, int((texts @ text).argmax()))
+        for row, text in zip(rows, neighbours.texts, strict=True)
+    ]
+    allowed = {(row, text) for row in human or range(5) for text in owned[row]}
+    assert set(found) == allowed and len(allowed) == (5 if human else 8)
+    torch.testing.assert_close(neighbours.texts, texts[[text for _, text in found]])
 
 
 def test_channel_scale_is_that_of_all_cells() -> None:
