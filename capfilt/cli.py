@@ -186,6 +186,8 @@ _STEPS = {
     "Writes decisions/. Needs no model. What can be set, each with --set or in the YAML:\n\n\b\n"
     "  --set filter.itm_threshold=0.6              ITM probability at least 0.6\n"
     "  --set filter.itc_threshold=0.2              ITC similarity at least 0.2\n"
+    "  --set filter.itm_threshold=0.6 --set filter.synthetic_itm_threshold=0.8\n"
+    "                                              another one for synthetic texts\n"
     "  --set 'filter.fuse={itm: 0.7, itc: 0.3}' --set filter.fused_threshold=0.4\n"
     "                                              a weighted mean of both at least 0.4\n"
     "  --set filter.calibration=runs/quickstart/calibration.json\n"

@@ -425,6 +425,12 @@ class Filter(_Section):
     itc_threshold: float | None = Field(None, ge=-1, le=1)
     """Drop a web or synthetic text whose ITC similarity is below this; null is off. Example:
     `itc_threshold: 0.2`"""
+    synthetic_itm_threshold: Fraction | None = None
+    """For synthetic texts, in the place of `itm_threshold`, which is then the web texts' own; null
+    takes that for both, 0 drops none. Example: `synthetic_itm_threshold: 0.8`"""
+    synthetic_itc_threshold: float | None = Field(None, ge=-1, le=1)
+    """For synthetic texts, in the place of `itc_threshold`; null takes that for both, -1 drops
+    none. Example: `synthetic_itc_threshold: 0.3`"""
     drop_duplicates: bool = True
     """Keep the same picture with the same text only once. Example: `drop_duplicates: false`"""
     fuse: Fuse = Fuse()

@@ -353,9 +353,7 @@ class Page:
         """Writes thresholds as a `filter:` section that `capfilt filter` applies."""
         self._may_write()
         values = _json(body)
-        given = {
-            name: str(values[name]) for name in ("t_itm", "t_itc") if values.get(name) is not None
-        }
+        given = {name: str(values[name]) for name in queries.TRIED if values.get(name) is not None}
         thresholds = self._thresholds(given)
         if thresholds.as_run:
             raise InputError("there is nothing to save yet: the run's own rules are in force")
@@ -433,6 +431,13 @@ class Page:
         if "calibration" in off:
             off["rank_by"] = "itm"  # whatever it was, `probability` needs a calibration
         section = {"itm_threshold": thresholds.itm, "itc_threshold": thresholds.itc, **off}
+        if thresholds.synthetic is not None:
+            # off is not null there, which would take the web texts' threshold
+            itm, itc = thresholds.synthetic
+            section["synthetic_itm_threshold"] = 0.0 if itm is None else itm
+            section["synthetic_itc_threshold"] = -1.0 if itc is None else itc
+        elif self.run.thresholds().synthetic is not None:
+            section |= {"synthetic_itm_threshold": None, "synthetic_itc_threshold": None}
         try:
             Filter.model_validate(section)
         except ValidationError as error:

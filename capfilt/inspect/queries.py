@@ -26,6 +26,7 @@ from capfilt import manifest
 from capfilt.errors import InputError
 from capfilt.inspect.index import attach, import_duckdb, version_of
 from capfilt.inspect.labels import VERDICTS, Label, LabelStore
+from capfilt.inspect.thresholds import Thresholds, decided_thresholds
 from capfilt.schema import REASONS, SOURCES
 from capfilt.shards import RunDir
 
@@ -38,7 +39,10 @@ ORDERS = {
     "pair": "p.row",
     "itm": "p.itm",
     "itc": "p.itc",
-    "threshold": "abs(p.itm::DOUBLE - $threshold)",
+    "threshold": (
+        "abs(p.itm::DOUBLE"
+        " - CASE p.source WHEN 'synthetic' THEN $threshold_synthetic ELSE $threshold END)"
+    ),
     "uncertain": "abs(p.itm::DOUBLE - 0.5)",
     "disagreement": "-p.disagreement",
     "random": "mix(mix(xor(mix(p.row), ($seed * 2654435761) & 4294967295)))",
@@ -54,6 +58,8 @@ _OTHER_RULES = (
     "synthetic_only_where_web_dropped",
 )
 CHANGES = ("joins", "leaves", "any")
+TRIED = ("t_itm", "t_itc", "t_synthetic_itm", "t_synthetic_itc")
+"""The parameters of thresholds that are tried."""
 REVIEWS = ("todo", "mine", "labelled", "disputed", *VERDICTS)
 LARGEST_PAGE = 200
 LARGEST_AREA_PX = 80_000_000
@@ -61,21 +67,6 @@ THUMBNAIL_PX = 256
 
 _LAST = 1e300
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """A decision to try out, in the terms of the `filter` section.
-
-    Attributes:
-        itm: ITM probability below which a pair is dropped; None is off.
-        itc: ITC similarity below which a pair is dropped; None is off.
-        as_run: what the run decided, by rules that are no such thresholds (a calibration, say).
-    """
-
-    itm: float | None = 0.5
-    itc: float | None = None
-    as_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,15 +164,20 @@ def parse_query(params: Mapping[str, str]) -> Query:
 def parse_thresholds(params: Mapping[str, str], default: Thresholds) -> Thresholds:
     """Thresholds from `t_itm` and `t_itc`, a number or `off`; the run's own where not given.
 
+    For synthetic texts `t_synthetic_itm` and `t_synthetic_itc`; where they are not given, the run's
+    own if it has some for them, else the same.
+
     Raises:
         InputError: neither a number nor `off`.
     """
-    values: dict[str, float | None] = {}
-    for name in ("itm", "itc"):
-        given = params.get(f"t_{name}")
-        if given:
-            values[name] = None if given == "off" else _number(params, f"t_{name}")
-    return replace(default, as_run=default.as_run and not values, **values)
+    given: dict[str, float | None] = {}
+    for name in TRIED:
+        if params.get(name):
+            given[name] = None if params[name] == "off" else _number(params, name)
+    web = given.get("t_itm", default.itm), given.get("t_itc", default.itc)
+    before = default.synthetic or web
+    own = given.get("t_synthetic_itm", before[0]), given.get("t_synthetic_itc", before[1])
+    return Thresholds(*web, own if own != web else None, default.as_run and not given)
 
 
 def _one_of(params: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
@@ -292,7 +288,7 @@ class Run:
             "reasons": REASONS,
             "shards": len(self.shards),
             "shard_names": self.shards[:500],
-            "threshold": {"itm": thresholds.itm, "itc": thresholds.itc},
+            "thresholds": {source: thresholds.of(source) for source in ("web", "synthetic")},
             "rules": self.other_rules(),
             "version": self.version,
             "labels": self.label_counts(),
@@ -303,9 +299,7 @@ class Run:
         config = self._decided_with().get("config") or {}
         if "itm_threshold" not in config:
             return Thresholds()
-        return Thresholds(
-            config["itm_threshold"], config.get("itc_threshold"), bool(self.other_rules())
-        )
+        return replace(decided_thresholds(config), as_run=bool(self.other_rules()))
 
     def other_rules(self) -> dict[str, Any]:
         """The rules beside ITM's and ITC's thresholds that decided, by their name in `filter`."""
@@ -369,7 +363,9 @@ class Run:
             expression, limits = _distance_to_calibrated(self._promise())
             order_params |= limits
         if "$threshold" in expression:
-            order_params["threshold"] = 0.5 if thresholds.itm is None else thresholds.itm
+            web, synthetic = (thresholds.of(kind)["itm"] for kind in ("web", "synthetic"))
+            order_params["threshold"] = 0.5 if web is None else web
+            order_params["threshold_synthetic"] = 0.5 if synthetic is None else synthetic
         if "$seed" in expression:
             order_params["seed"] = query.seed
         total_key = ("total", where, repr(params)) if query.review is None else None
@@ -607,7 +603,7 @@ class Run:
             params,
         )
         result: dict[str, Any] = {
-            "threshold": {"itm": thresholds.itm, "itc": thresholds.itc},
+            "thresholds": {source: thresholds.of(source) for source in ("web", "synthetic")},
             "as_run": thresholds.as_run,
             "sources": {},
         }
@@ -817,16 +813,18 @@ def _shard_number(name: str, shards: Sequence[str]) -> int | None:
 
 def _would_keep(thresholds: Thresholds) -> tuple[str, dict[str, float]]:
     """SQL for "these thresholds keep the pair", as the stage `filter` decides."""
-    judged = []
     params: dict[str, float] = {}
     if thresholds.as_run:
         return "coalesce(p.keep, false)", params
-    for name, value in (("itm", thresholds.itm), ("itc", thresholds.itc)):
-        if value is not None:
-            judged.append(f"coalesce(p.{name}::DOUBLE >= $t_{name}, false)")
-            params[f"t_{name}"] = value
-    passes = " AND ".join(judged) or "true"
-    return f"(p.eligible AND (p.source = 'human' OR ({passes})))", params
+    cases = ["WHEN 'human' THEN true"]
+    for source in ("web", "synthetic"):
+        judged = []
+        for name, value in thresholds.of(source).items():
+            if value is not None:
+                judged.append(f"coalesce(p.{name}::DOUBLE >= $t_{source}_{name}, false)")
+                params[f"t_{source}_{name}"] = value
+        cases.append(f"WHEN '{source}' THEN {' AND '.join(judged) or 'true'}")
+    return f"(p.eligible AND CASE p.source {' '.join(cases)} END)", params
 
 
 def _distance_to_calibrated(promise: Mapping[str, Any]) -> tuple[str, dict[str, float]]:

@@ -37,6 +37,7 @@ from capfilt.inspect.tables import (
     shard_groups,
 )
 from capfilt.inspect.text import clipped, printable
+from capfilt.inspect.thresholds import Thresholds, decided_thresholds
 from capfilt.manifest import Identity
 from capfilt.schema import REASONS, SOURCES
 from capfilt.shards import RunDir
@@ -80,8 +81,8 @@ def summary(run: RunDir) -> dict[str, Any]:
         `run`, `pairs_in`, `kept`, `dropped`, `books_close` (as many pairs decided as scored),
         `sources` (by source: `in`, `kept`, `dropped`, `kept_share`, `reasons`), `noise_ratios` (by
         source: `judged` texts, those `filtered` for a score below a threshold, their `share`),
-        `paper_noise_ratios`, `thresholds` (`itm`, `itc`), `calibration` (what it promised, with its
-        `warnings` and its `digest`; None where none decided).
+        `paper_noise_ratios`, `thresholds` (by source: `itm`, `itc`), `calibration` (what it
+        promised, with its `warnings` and its `digest`; None where none decided).
     """
     return _summary(run, count_reasons(run))
 
@@ -135,7 +136,7 @@ def write_report(run: RunDir, config: Config | None) -> str:
             "floor": charts.HEIGHT - charts.BOTTOM,
         },
         histograms=_histograms(tally, facts["thresholds"]),
-        keep=_keep_curve(tally, facts["thresholds"]["itm"]),
+        keep=_keep_curve(tally, _one_threshold(facts["thresholds"])),
         trainings=_trainings(run),
         grids=[
             ("kept", "Kept pairs", _cards(run, pairs[True].take(drawn.pairs), side, True)),
@@ -236,14 +237,21 @@ def _summary(run: RunDir, tally: Tally) -> dict[str, Any]:
     }
 
 
-def _thresholds(run: RunDir) -> dict[str, float | None]:
-    """The thresholds that the decisions were made with, as their manifest says."""
+def _thresholds(run: RunDir) -> dict[str, dict[str, float | None]]:
+    """The thresholds that the decisions were made with, as their manifest says, by source."""
+    found = Thresholds(None)
     for name in run.shards("decisions"):
         record = manifest.read(run, run.manifest("decisions", name))
         if record:
-            config = record.get("config", {})
-            return {"itm": config.get("itm_threshold"), "itc": config.get("itc_threshold")}
-    return {"itm": None, "itc": None}
+            found = decided_thresholds(record.get("config", {}))
+            break
+    return {source: found.of(source) for source in ("web", "synthetic")}
+
+
+def _one_threshold(thresholds: dict[str, dict[str, float | None]]) -> float | None:
+    """The ITM threshold, for a chart of all sources; None where they have different ones."""
+    web, synthetic = thresholds["web"]["itm"], thresholds["synthetic"]["itm"]
+    return web if web == synthetic else None
 
 
 def _calibration(run: RunDir) -> dict[str, Any] | None:
@@ -266,21 +274,21 @@ def _pictures_in(run: RunDir, kind: str) -> int:
 
 
 def _histograms(
-    tally: Tally, thresholds: dict[str, float | None]
+    tally: Tally, thresholds: dict[str, dict[str, float | None]]
 ) -> list[tuple[str, list[charts.Chart]]]:
     itm, itc = [], []
     for source in _SHOWN:
         at = SOURCES.index(source)
         # human pairs are kept whatever their score, so no threshold stands in their charts
-        judged = source != "human"
+        marks = thresholds.get(source, {})
         if tally.itm[at].any():
             dropped, kept = tally.itm[at].reshape(2, _ITM_BARS, -1).sum(axis=2).tolist()
             edges = [step / _ITM_BARS for step in range(_ITM_BARS + 1)]
-            mark = thresholds["itm"] if judged else None
+            mark = marks.get("itm")
             itm.append(charts.histogram(source, "ITM probability", edges, kept, dropped, mark))
         if tally.itc[at].any():
             edges, kept, dropped = _cropped(tally.itc[at])
-            mark = thresholds["itc"] if judged else None
+            mark = marks.get("itc")
             itc.append(charts.histogram(source, "ITC similarity", edges, kept, dropped, mark))
     named = [("ITM probability", itm), ("ITC similarity", itc)]
     return [(name, found) for name, found in named if found]

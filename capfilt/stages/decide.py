@@ -310,10 +310,11 @@ def judge(shard: Shard, rules: Rules) -> Judged:
     reason = drop(reason, pc.is_in(scores["pair_id"], value_set=rules.duplicates), "duplicate")
     has_score = pc.and_(pc.is_null(scores["error"]), pc.is_valid(scores["itm_prob"]))
     counted = pc.and_(pc.and_(not_human, has_score), _none(reason))
-    if config.itm_threshold is not None:
-        reason = drop_judged(reason, pa.array(itm < config.itm_threshold), "itm_below_threshold")
-    if config.itc_threshold is not None:
-        reason = drop_judged(reason, pa.array(itc < config.itc_threshold), "itc_below_threshold")
+    synthetic = _bools(pc.equal(scores["source"], "synthetic"))
+    itm_limit = _limits(synthetic, config.itm_threshold, config.synthetic_itm_threshold)
+    itc_limit = _limits(synthetic, config.itc_threshold, config.synthetic_itc_threshold)
+    reason = drop_judged(reason, pa.array(itm < itm_limit), "itm_below_threshold")
+    reason = drop_judged(reason, pa.array(itc < itc_limit), "itc_below_threshold")
     if config.fused_threshold is not None:
         reason = drop_judged(
             reason, pa.array(fused < config.fused_threshold), "fused_below_threshold"
@@ -337,6 +338,12 @@ def judge(shard: Shard, rules: Rules) -> Judged:
         reason = drop(reason, pa.array(worse), "not_best")
     counted = _bools(counted)
     return Judged(scores, reason, counted, counted & _bools(_none(reason)), rank)
+
+
+def _limits(synthetic: np.ndarray, web: float | None, own: float | None) -> np.ndarray:
+    """The threshold of each pair, NaN where it has none: web's, or synthetic texts' own. [N]."""
+    limit = np.nan if web is None else web
+    return np.where(synthetic, limit if own is None else own, limit)
 
 
 def _none(reason: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -329,6 +329,35 @@ def test_a_decision_is_saved_as_a_filter_section(server: Server) -> None:
     assert server.ask("/api/decision", {"name": "x", "t_itm": "7"}).status == 400
 
 
+def test_a_decision_may_hold_thresholds_of_synthetic_texts(server: Server, tmp_path: Path) -> None:
+    tried = {"t_itm": "0.6", "t_synthetic_itm": "0.8", "t_synthetic_itc": "off"}
+    answer = server.ask("/api/threshold", **tried).json
+    assert answer["thresholds"]["synthetic"] == {"itm": 0.8, "itc": None}
+    assert answer["thresholds"]["web"] == {"itm": 0.6, "itc": None}
+    saved = server.ask("/api/decision", {"name": "apart", **tried}).json
+    run_config = tmp_path / "run.yaml"
+    run_config.write_text("run_dir: x\nhuman: {pairs: a}\nweb: {pairs: b}\n")
+    assert saved["set"] == answer["set"]
+    loaded = config.load(run_config, tuple(saved["set"])).filter
+    assert (loaded.itm_threshold, loaded.synthetic_itm_threshold) == (0.6, 0.8)
+    assert (loaded.itc_threshold, loaded.synthetic_itc_threshold) == (None, -1.0)
+
+
+def test_a_run_with_thresholds_of_synthetic_texts_can_go_back_to_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for path in (folder / "decisions").glob("*.manifest.json"):
+        record = json.loads(path.read_text())
+        record["config"]["synthetic_itm_threshold"] = 0.8
+        path.write_text(json.dumps(record))
+    started, process = start(app.open_page(str(folder), reviewer="ann"))
+    try:
+        assert started.ask("/api/summary").json["thresholds"]["synthetic"]["itm"] == 0.8
+        answer = started.ask("/api/threshold", t_itm="0.6", t_synthetic_itm="0.6").json
+        assert "filter.synthetic_itm_threshold=null" in answer["set"]
+    finally:
+        process.should_exit = True
+
+
 def test_a_decision_replaces_the_rules_of_the_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     calibrate(folder, rank_by="probability", best_of=1)

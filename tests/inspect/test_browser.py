@@ -292,6 +292,36 @@ def test_the_threshold_can_be_dragged_and_saved(tab: Any, url: str, folder: Path
     until(tab, "!location.search.includes('t_itm')")
 
 
+def test_each_source_can_have_its_own_threshold(tab: Any, url: str, folder: Path) -> None:
+    show(tab, url)
+    web, synthetic = tab.locator(".plot input").first, tab.locator(".plot input").nth(1)
+    assert tab.is_checked("#together") and web.input_value() == synthetic.input_value() == "0.5"
+    tab.uncheck("#together")
+    synthetic.focus()
+    for _ in range(4):
+        tab.keyboard.press("ArrowRight")
+    assert (web.input_value(), synthetic.input_value()) == ("0.5", "0.52")
+    web.focus()
+    tab.keyboard.press("ArrowLeft")
+    assert (web.input_value(), synthetic.input_value()) == ("0.495", "0.52")
+    line = "document.querySelector('#threshold-line').textContent"
+    said = f"{line} === 'web: ITM 0.495, ITC off; synthetic: ITM 0.520, ITC off'"
+    until(tab, said)
+    # the URL holds it
+    tab.goto(tab.url)
+    until(tab, said)
+    assert not tab.is_checked("#together") and synthetic.input_value() == "0.52"
+    tab.fill("#save-name", "apart")
+    tab.click("#save button")
+    until(tab, "document.querySelector('#saved').textContent.includes('capfilt filter')")
+    assert "synthetic_itm_threshold: 0.52" in (folder / "filters/apart.yaml").read_text()
+    # together again: the web texts' for both
+    tab.check("#together")
+    until(tab, f"{line} === 'ITM 0.495, ITC off'")
+    assert (web.input_value(), synthetic.input_value()) == ("0.495", "0.495")
+    assert "synthetic" not in tab.url
+
+
 def test_the_rules_of_a_calibrated_run_are_said(browser: Any, tmp_path: Path) -> None:
     made = make_run(tmp_path / "run")
     calibrate(made)

@@ -14,8 +14,9 @@ from fabricated import add_embeddings, calibrate, jpeg, make_run
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
 from capfilt.inspect import index, queries, tables
 from capfilt.inspect.labels import Label, utc_now
-from capfilt.inspect.queries import Query, Run, Thresholds, parse_query, parse_thresholds
+from capfilt.inspect.queries import Query, Run, parse_query, parse_thresholds
 from capfilt.inspect.search import open_embeddings
+from capfilt.inspect.thresholds import Thresholds, decided_thresholds
 from capfilt.shards import RunDir, Shard
 
 pytest.importorskip("duckdb", reason='NOT tested: pip install "capfilt[inspect]"')
@@ -86,11 +87,12 @@ def test_pages_forward_and_back_are_the_same_in_every_order(
 
 
 def test_orders_sort_by_what_they_say_with_unscored_pairs_last(run: Run) -> None:
-    thresholds = Thresholds(0.7)
+    thresholds = Thresholds(0.7, synthetic=(0.4, None))
+    limits = {"web": 0.7, "human": 0.7, "synthetic": 0.4}
     by = {
         "itm": lambda pair: pair["itm"],
         "itc": lambda pair: pair["itc"],
-        "threshold": lambda pair: abs(pair["itm"] - 0.7),
+        "threshold": lambda pair: abs(pair["itm"] - limits[pair["source"]]),
         "uncertain": lambda pair: abs(pair["itm"] - 0.5),
         "disagreement": lambda pair: -pair["disagreement"],
     }
@@ -165,6 +167,25 @@ def test_a_wrong_parameter_is_named(params: dict[str, str]) -> None:
         parse_query(params)
 
 
+def test_thresholds_of_synthetic_texts_are_those_of_web_texts_unless_said() -> None:
+    """In a `filter` section, in the page's URL, and in a run that decided with its own."""
+    assert decided_thresholds({"itm_threshold": 0.5}) == Thresholds(0.5)
+    own = decided_thresholds({"itm_threshold": 0.5, "synthetic_itm_threshold": 0.8})
+    assert own == Thresholds(0.5, None, (0.8, None))
+    assert own.of("synthetic") == {"itm": 0.8, "itc": None} and own.of("web")["itm"] == 0.5
+    assert (
+        decided_thresholds({"itm_threshold": 0.5, "synthetic_itm_threshold": 0.5}).synthetic is None
+    )
+    assert parse_thresholds({"t_itm": "0.6"}, HALF) == Thresholds(0.6)
+    assert parse_thresholds({"t_itm": "0.6"}, own) == Thresholds(0.6, None, (0.8, None))
+    assert parse_thresholds({"t_synthetic_itm": "0.5"}, own) == HALF
+    tried = parse_thresholds({"t_itm": "off", "t_synthetic_itc": "0.2"}, HALF)
+    assert tried == Thresholds(None, None, (None, 0.2))
+    assert not parse_thresholds({"t_synthetic_itm": "off"}, replace(HALF, as_run=True)).as_run
+    with pytest.raises(InputError, match="t_synthetic_itc is 'high', expected a number"):
+        parse_thresholds({"t_synthetic_itc": "high"}, HALF)
+
+
 def test_a_card_holds_the_other_texts_of_its_picture(run: Run) -> None:
     page = run.page(parse_query({"key": "web-00000-00002/text0"}), HALF, "ann")
     (pair,) = page.pairs
@@ -174,19 +195,32 @@ def test_a_card_holds_the_other_texts_of_its_picture(run: Run) -> None:
 
 @pytest.mark.parametrize("t_itm", ["0.2", "0.5", "0.81", "off"])
 @pytest.mark.parametrize("t_itc", ["off", "0.1"])
+@pytest.mark.parametrize(
+    ("own", "section"),
+    [
+        ({}, {}),
+        ({"t_synthetic_itm": "0.9"}, {"synthetic_itm_threshold": 0.9}),
+        (
+            {"t_synthetic_itm": "off", "t_synthetic_itc": "0.3"},
+            {"synthetic_itm_threshold": 0.0, "synthetic_itc_threshold": 0.3},
+        ),
+    ],
+)
 def test_trying_a_threshold_agrees_with_the_stage_filter(
-    run: Run, folder: Path, t_itm: str, t_itc: str
+    run: Run, folder: Path, t_itm: str, t_itc: str, own: dict[str, str], section: dict[str, float]
 ) -> None:
     import pyarrow as pa
 
     from capfilt.config import Filter
     from capfilt.stages.decide import Rules, decide
 
-    tried = parse_thresholds({"t_itm": t_itm, "t_itc": t_itc}, Thresholds())
+    tried = parse_thresholds({"t_itm": t_itm, "t_itc": t_itc, **own}, Thresholds())
     result = run.try_thresholds(tried)
     before = scores(folder)
     duplicates = pa.array([name for name, row in before.items() if row["reason"] == "duplicate"])
-    rules = Rules(Filter(itm_threshold=tried.itm, itc_threshold=tried.itc), duplicates)
+    config = Filter(itm_threshold=tried.itm, itc_threshold=tried.itc, **section)
+    rules = Rules(config, duplicates)
+    assert decided_thresholds(config.model_dump()).of("web") == tried.of("web")
     kept = set()
     for name in run.shards:
         table = decide(Shard(run.run, name), rules=rules)

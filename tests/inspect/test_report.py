@@ -309,8 +309,36 @@ def test_summary_counts(run: RunDir) -> None:
     web = facts["noise_ratios"]["web"]
     assert web["filtered"] == facts["sources"]["web"]["reasons"]["itm_below_threshold"]
     assert web["share"] == web["filtered"] / (web["filtered"] + facts["sources"]["web"]["kept"])
-    assert facts["thresholds"] == {"itm": 0.5, "itc": None}
+    both = {"itm": 0.5, "itc": None}
+    assert facts["thresholds"] == {"web": both, "synthetic": both}
     assert set(facts["paper_noise_ratios"].values()) == {0.25, 0.19}
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"itm_threshold": 0.5, "itc_threshold": 0.25},
+         "; below an ITM probability of 0.5 or an ITC similarity of 0.25 it was dropped."),
+        ({"itm_threshold": 0.5, "synthetic_itm_threshold": 0.75},
+         "; a web text was dropped below an ITM probability of 0.5"
+         "; a synthetic text was dropped below an ITM probability of 0.75."),
+        ({"itm_threshold": None, "synthetic_itc_threshold": 0.25},
+         "; a synthetic text was dropped below an ITC similarity of 0.25."),
+        ({"itm_threshold": None}, "every web and synthetic text against its picture."),
+    ],
+)  # fmt: skip
+def test_the_report_says_the_thresholds(
+    tmp_path: Path, make_run: MakeRun, section: dict[str, float | None], said: str
+) -> None:
+    run = make_run(tmp_path / "run", shards=("web-00000",), pictures=6)
+    for name in run.shards("decisions"):
+        path = run.manifest("decisions", name)
+        record = manifest.read(run, path)
+        record["config"] = {**record["config"], "itc_threshold": None, **section}
+        run.write_text(path, json.dumps(record))
+    page = Path(write_report(run, None)).read_text(encoding="utf-8")
+    lead = " ".join(page.split('<p class="lead">')[1].split("</p>")[0].split())
+    assert lead.endswith(said)
 
 
 def test_identity_follows_decisions_models_and_look(
@@ -336,15 +364,15 @@ def test_histograms_hold_every_score(run: RunDir) -> None:
         tally.add(shard)
         scored += int(np.isfinite(shard.itm_prob).sum())
     assert tally.itm.sum() == tally.itc.sum() == scored
-    bars = [
-        chart
-        for _, found in report._histograms(tally, {"itm": 0.5, "itc": None})
-        for chart in found
-    ]
+    marks = {"web": {"itm": 0.5, "itc": None}, "synthetic": {"itm": 0.25, "itc": None}}
+    bars = [chart for _, found in report._histograms(tally, marks) for chart in found]
     assert (
         len(bars) == 6
         and [chart.marker is not None for chart in bars] == [True, True, False] + [False] * 3
     )
+    assert [chart.marker.label for chart in bars[:2]] == ["0.5", "0.25"]
+    assert report._one_threshold({"web": marks["web"], "synthetic": marks["web"]}) == 0.5
+    assert report._one_threshold(marks) is None
 
 
 def test_tally_puts_a_score_on_an_edge_above_it() -> None:

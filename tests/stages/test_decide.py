@@ -94,6 +94,26 @@ def test_the_score_at_a_threshold_is_kept(tmp_path):
     assert set(reasons(run, itm_threshold=0.5).values()) == {"kept"}
 
 
+def test_synthetic_texts_may_have_thresholds_of_their_own(tmp_path):
+    web = [("a", 0.6, 0.1), ("b", 0.4, 0.9)]
+    synthetic = [("c", 0.6, 0.3), ("d", 0.4, 0.3), ("e", 0.8, 0.1)]
+    rows = [row(f"{name}-0", "text0", itm, itc) for name, itm, itc in web]
+    rows += [row(f"{name}-0", "synthetic0", itm, itc) for name, itm, itc in synthetic]
+    run = make_run(tmp_path, {"web-00000": rows})
+
+    def kept(**options):
+        found = reasons(run, **options).items()
+        return "".join(sorted(pair_id[0] for pair_id, reason in found if reason == "kept"))
+
+    assert kept(itm_threshold=0.5) == "ace"
+    assert kept(itm_threshold=0.5, synthetic_itm_threshold=0.7) == "ae"
+    assert kept(itm_threshold=0.5, synthetic_itm_threshold=0.0) == "acde"
+    assert kept(itm_threshold=None, synthetic_itm_threshold=0.7) == "abe"
+    assert kept(itm_threshold=None, itc_threshold=0.2) == "bcd"
+    assert kept(itm_threshold=None, itc_threshold=0.2, synthetic_itc_threshold=-1.0) == "bcde"
+    assert reasons(run, synthetic_itm_threshold=0.7)["c-0/synthetic0"] == "itm_below_threshold"
+
+
 def test_a_rule_over_scores_replaces_the_default_threshold():
     assert Filter().itm_threshold == 0.5
     assert Filter(top_fraction=0.3).itm_threshold is None

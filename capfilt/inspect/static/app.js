@@ -6,7 +6,7 @@ const FILTERS = ["words", "keep", "reason", "source", "itm_min", "itm_max", "itc
   "review", "changes", "shard", "key", "order", "desc", "seed"];
 const SEARCH = ["near", "near_text", "near_upload", "find"];
 const PLACE = ["after", "before"];
-const TRIED = ["t_itm", "t_itc"];
+const TRIED = ["t_itm", "t_itc", "t_synthetic_itm", "t_synthetic_itc"];
 const VERDICTS = [["right", "Right", "y"], ["wrong", "Wrong", "n"], ["unsure", "Unsure", "u"]];
 const PAGE_SIZE = matchMedia("(max-width: 760px)").matches ? 12 : 24;
 
@@ -354,10 +354,21 @@ function likeThis(pair) {
 const scoreName = () => state.score || "itm";
 let tries = 0;
 
-function tried(name) {
-  const given = state[`t_${name}`];
+// Synthetic texts have thresholds of their own where the URL or the run says so.
+const ownThresholds = () => JSON.stringify(summary.thresholds.web) !== JSON.stringify(summary.thresholds.synthetic);
+const parameter = (source, name) => (source === "synthetic" ? `t_synthetic_${name}` : `t_${name}`);
+
+function tried(source, name) {
+  const given = state[parameter(source, name)];
   if (given === "off") return null;
-  return given ? Number(given) : summary.threshold[name];
+  if (given) return Number(given);
+  return source === "synthetic" && !ownThresholds() ? tried("web", name) : summary.thresholds[source][name];
+}
+
+const together = () => ["itm", "itc"].every((name) => tried("web", name) === tried("synthetic", name));
+
+function tryThreshold(source, name, value) {
+  state[parameter(source, name)] = value == null ? "off" : value.toFixed(3);
 }
 
 function showHistograms(histogram) {
@@ -374,8 +385,8 @@ function showHistograms(histogram) {
       svg("svg", { viewBox: `0 0 ${bins} 100`, preserveAspectRatio: "none", role: "img",
         "aria-label": `${source}: histogram of ${count(total)} scores from ${low} to ${high}` }, ...bars));
     const range = source === "human" ? null : make("input", { type: "range", min: low, max: high, step: 0.005,
-      "aria-label": `${name.toUpperCase()} threshold, shown on ${source} texts`,
-      oninput: (event) => drag(Number(event.target.value)),
+      "aria-label": `${name.toUpperCase()} threshold of ${source} texts`,
+      oninput: (event) => drag(source, Number(event.target.value)),
       onchange: () => { storeState(); if (state.changes || state.order === "threshold") refilter(); } });
     if (range) plot.append(range);
     return make("div", { class: "histogram", "data-source": source },
@@ -390,21 +401,31 @@ function showHistograms(histogram) {
 function paintThreshold() {
   const name = scoreName();
   const low = name === "itm" ? 0 : -1;
-  const value = tried(name);
-  for (const range of document.querySelectorAll(".plot input")) {
-    range.value = value ?? low;
-    range.setAttribute("aria-valuetext", value == null ? "off" : value.toFixed(3));
-  }
-  for (const bar of document.querySelectorAll(".plot rect")) {
-    const human = bar.closest(".histogram").dataset.source === "human";
-    bar.classList.toggle("keeps", human || value == null || Number(bar.dataset.low) >= value - 1e-9);
+  for (const block of document.querySelectorAll(".histogram")) {
+    const { source } = block.dataset;
+    const value = source === "human" ? null : tried(source, name);
+    const range = $(".plot input", block);
+    if (range) {
+      range.value = value ?? low;
+      range.setAttribute("aria-valuetext", value == null ? "off" : value.toFixed(3));
+    }
+    for (const bar of block.querySelectorAll(".plot rect")) {
+      bar.classList.toggle("keeps", value == null || Number(bar.dataset.low) >= value - 1e-9);
+    }
   }
 }
 
-function drag(value) {
+function drag(source, value) {
   const name = scoreName();
-  const off = value <= (name === "itm" ? 0 : -1);
-  state[`t_${name}`] = off ? "off" : value.toFixed(3);
+  const limit = value <= (name === "itm" ? 0 : -1) ? null : value;
+  if (!$("#together").checked) {
+    if (source === "web") tryThreshold("synthetic", name, tried("synthetic", name));
+    tryThreshold(source, name, limit);
+  } else {
+    tryThreshold("web", name, limit);
+    if (ownThresholds()) tryThreshold("synthetic", name, limit);
+    else delete state[parameter("synthetic", name)];
+  }
   paintThreshold();
   tryThresholds();
 }
@@ -427,9 +448,11 @@ function ruleNames() {
     : value === true ? name : `${name}: ${value}`)).join(", ");
 }
 
-function showThresholds({ threshold, as_run: asRun, all, sources }) {
+function showThresholds({ thresholds: { web, synthetic }, as_run: asRun, all, sources }) {
   const said = (value) => (value == null ? "off" : Number(value).toFixed(3));
-  $("#threshold-line").textContent = asRun ? "as the run decided" : `ITM ${said(threshold.itm)}, ITC ${said(threshold.itc)}`;
+  const both = ({ itm, itc }) => `ITM ${said(itm)}, ITC ${said(itc)}`;
+  const tells = both(web) === both(synthetic) ? both(web) : `web: ${both(web)}; synthetic: ${both(synthetic)}`;
+  $("#threshold-line").textContent = asRun ? "as the run decided" : tells;
   $("#rules-text").hidden = !ruleNames();
   $("#rules-text").textContent = `The run was decided by ${ruleNames()}. `
     + "A threshold that is tried or saved here stands in its place.";
@@ -583,11 +606,30 @@ function listen() {
   for (const side of ["joins", "leaves"]) {
     $(`#show-${side}`).addEventListener("click", () => { clearFilters(["source"]); state.changes = side; refilter(); });
   }
-  $("#threshold-reset").addEventListener("click", () => { state.t_itm = state.t_itc = ""; paintThreshold(); tryThresholds(); refilter(); });
+  $("#threshold-reset").addEventListener("click", () => {
+    for (const name of TRIED) delete state[name];
+    $("#together").checked = together();
+    paintThreshold();
+    tryThresholds();
+    refilter();
+  });
+  $("#together").addEventListener("change", (event) => {
+    if (!event.target.checked) return;   // from now on each slider moves its own
+    for (const name of ["itm", "itc"]) {
+      const limit = tried("web", name);
+      delete state[parameter("synthetic", name)];
+      if (limit !== tried("synthetic", name)) tryThreshold("synthetic", name, limit);
+    }
+    storeState();
+    paintThreshold();
+    tryThresholds();
+    if (state.changes || state.order === "threshold") refilter();
+  });
   $("#save").addEventListener("submit", async (event) => {
     event.preventDefault();
     try {
-      const body = { name: $("#save-name").value, t_itm: state.t_itm || null, t_itc: state.t_itc || null };
+      const body = { name: $("#save-name").value };
+      for (const name of TRIED) body[name] = state[name] || null;
       const answer = await send("/api/decision", JSON.stringify(body));
       $("#saved").hidden = false;
       $("#saved").textContent = `Saved ${answer.file} in the run folder. Apply it without a model:\n${answer.command}`;
@@ -644,6 +686,7 @@ async function start() {
   showLabels(summary.labels);
   listen();
   await load();
+  $("#together").checked = together();
   loadHistogram();
 }
 
