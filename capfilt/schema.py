@@ -15,7 +15,7 @@ SOURCES = ("web", "human", "synthetic")
 
 REASONS = {
     "kept": "the pair is in the export",
-    "itm_below_threshold": "the matcher's ITM probability is below its source's `filter.itm_threshold`",
+    "itm_below_threshold": "the ITM probability is below its source's `filter.itm_threshold`",
     "itc_below_threshold": "the ITC similarity is below its source's `filter.itc_threshold`",
     "fused_below_threshold": "the fused score is below `filter.fused_threshold`",
     "below_precision": "the score is below what `filter.calibration` found for its precision",
