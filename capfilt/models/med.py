@@ -948,10 +948,11 @@ class MED(nn.Module):
         Returns:
             `[N, E]`, of length 1.
         """
-        return self.project_text(self.pool_text(self.text_hidden(input_ids, mask), mask))
+        return self.project_text(self.pool_text(input_ids, mask))
 
-    def pool_text(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """What `project_text` reads: `[N, L, D]` to `[N, D]`."""
+    def pool_text(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """What `project_text` reads, `[N, D]`; arguments as in `embed_text`."""
+        hidden = self.text_hidden(input_ids, mask)
         if self.config.text_pool == "mean":
             if mask is None:
                 return hidden.mean(1)

@@ -182,7 +182,7 @@ def score_pairs(
         rows = torch.tensor([owners[i] for i in chosen], device=device)
         ids, mask = tokenize(tokenizer, part, config.max_tokens, first_token="cls")  # type: ignore[arg-type]
         ids, mask = ids.to(device), mask.to(device)
-        pooled_texts = model.pool_text(model.text_hidden(ids, mask), mask)
+        pooled_texts = model.pool_text(ids, mask)
         embeds = model.project_text(pooled_texts)
         similarity = (images[rows] * embeds).sum(-1)
         itm_start = model.itm_start_of(images[rows], embeds, ids, pooled[rows], pooled_texts)

@@ -159,7 +159,7 @@ def fit_start(
         ids, mask = (x.to(device) for x in tokenize(tokenizer, texts, max_tokens))
         features = _features(model, labelled, labelled.rows[rows].tolist(), device)
         pooled_image = model.pool_image(features)
-        pooled_text = model.pool_text(model.text_hidden(ids, mask), mask)
+        pooled_text = model.pool_text(ids, mask)
         image, text = model.project_image(pooled_image), model.project_text(pooled_text)
         parts.append(start(image, text, ids, pooled_image, pooled_text).cpu())
     logits, match = torch.cat(parts).double(), labelled.match.double()
@@ -212,7 +212,7 @@ def labelled_itm(
     first, first_mask = tokenize(tokenizer, texts, max_tokens, first_token="cls")
     with torch.no_grad():
         first, first_mask = first.to(device), first_mask.to(device)
-        pooled_texts = model.pool_text(model.text_hidden(first, first_mask), first_mask)
+        pooled_texts = model.pool_text(first, first_mask)
         known_texts = model.project_text(pooled_texts)
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
     pooled = model.pool_image(features).detach()

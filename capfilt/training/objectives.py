@@ -46,7 +46,7 @@ class Embedded:
 
 def embed(model: MED, features: Tensor, ids: Tensor, mask: Tensor) -> Embedded:
     """A batch in ITC's space: `[B, P, Dv]` features, `[B, L]` ids and mask."""
-    pooled_texts = model.pool_text(model.text_hidden(ids, mask), mask)
+    pooled_texts = model.pool_text(ids, mask)
     pooled_images = model.pool_image(features)
     images, texts = model.project_image(pooled_images), model.project_text(pooled_texts)
     pooled = pooled_images.detach(), pooled_texts.detach()
@@ -247,7 +247,7 @@ def itm_objective(
         )
         first, first_mask = first.to(device), first_mask.to(device)
         with torch.no_grad():
-            more = model.pool_text(model.text_hidden(first, first_mask), first_mask)
+            more = model.pool_text(first, first_mask)
             text_embeds = torch.cat([text_embeds, model.project_text(more)])
             pooled_texts = torch.cat([pooled_texts, more])
     itm_start = model.itm_start_of(

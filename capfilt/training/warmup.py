@@ -173,7 +173,7 @@ def pool_texts(
     for start in range(0, len(texts), TEXTS_AT_A_TIME):
         part = texts[start : start + TEXTS_AT_A_TIME]
         ids, mask = (x.to(device) for x in tokenize(tokenizer, part, max_tokens))
-        found.append(model.pool_text(model.text_hidden(ids, mask), mask))
+        found.append(model.pool_text(ids, mask))
     return torch.cat(found)
 
 

@@ -148,7 +148,7 @@ def test_itm_starts_from_what_reviewers_said(pairs: int) -> None:
             ids, mask = tokenize(tokenizer, texts, 12, first_token="cls")
             shown = torch.stack(tokens).float()[rows]
             embeds = model.known_image(shown), model.embed_text(ids, mask)
-            pooled_texts = model.pool_text(model.text_hidden(ids, mask), mask)
+            pooled_texts = model.pool_text(ids, mask)
             return start(*embeds, ids, model.pool_image(shown), pooled_texts)
 
     before, weights = logits(), start.weights.detach().clone()
