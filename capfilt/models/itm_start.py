@@ -124,17 +124,9 @@ class ITMStart(nn.Module):
             columns.append(-self.wrong_word(logits, ids, self.words))
         return torch.stack(columns, dim=1)
 
-    def forward(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        ids: Tensor,
-        pooled_images: Tensor,
-        pooled_texts: Tensor,
-    ) -> Tensor:
+    def forward(self, *pairs: Tensor) -> Tensor:
         """Log-odds of a match, `[N]`; arguments as in `evidence`."""
-        found = self.evidence(images, texts, ids, pooled_images, pooled_texts)
-        return found @ self.weights + self.bias
+        return self.evidence(*pairs) @ self.weights + self.bias
 
 
 class Neighbours(nn.Module):
