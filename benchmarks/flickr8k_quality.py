@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("run", nargs="?", default="runs/flickr8k-small", type=Path)
     parser.add_argument("--alt-text", type=Path, help="Parquet file with a column TEXT")
     parser.add_argument("--seed", type=int, default=17)
-    parser.add_argument("--word-bonus", type=float, default=0.6, help="as in the YAML")
+    parser.add_argument("--word-bonus", type=float, default=0.8, help="as in the YAML")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     matcher, tokenizer, _ = model_folder.load(arguments.run / "models" / "matcher")
