@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / ".github/inspect.png")
-    parser.add_argument("--query", default="order=random&seed=3&t_itm=0.650")
+    parser.add_argument("--query", default="order=random&seed=3&t_itm=0.650&t_synthetic_itm=0.500")
     arguments = parser.parse_args()
     chromium = find_chromium()
     with tempfile.TemporaryDirectory() as temporary:
