@@ -430,14 +430,13 @@ class Page:
         }
         if "calibration" in off:
             off["rank_by"] = "itm"  # whatever it was, `probability` needs a calibration
+        off |= dict.fromkeys(self.run.synthetic_thresholds())
         section = {"itm_threshold": thresholds.itm, "itc_threshold": thresholds.itc, **off}
         if thresholds.synthetic is not None:
             # off is not null there, which would take the web texts' threshold
             itm, itc = thresholds.synthetic
             section["synthetic_itm_threshold"] = 0.0 if itm is None else itm
             section["synthetic_itc_threshold"] = -1.0 if itc is None else itc
-        elif self.run.thresholds().synthetic is not None:
-            section |= {"synthetic_itm_threshold": None, "synthetic_itc_threshold": None}
         try:
             Filter.model_validate(section)
         except ValidationError as error:

@@ -288,7 +288,7 @@ class Run:
             "reasons": REASONS,
             "shards": len(self.shards),
             "shard_names": self.shards[:500],
-            "thresholds": {source: thresholds.of(source) for source in ("web", "synthetic")},
+            "thresholds": thresholds.by_source(),
             "rules": self.other_rules(),
             "version": self.version,
             "labels": self.label_counts(),
@@ -300,6 +300,12 @@ class Run:
         if "itm_threshold" not in config:
             return Thresholds()
         return replace(decided_thresholds(config), as_run=bool(self.other_rules()))
+
+    def synthetic_thresholds(self) -> list[str]:
+        """The thresholds of their own that synthetic texts had, by their name in `filter`."""
+        config = self._decided_with().get("config") or {}
+        names = ("synthetic_itm_threshold", "synthetic_itc_threshold")
+        return [name for name in names if config.get(name) is not None]
 
     def other_rules(self) -> dict[str, Any]:
         """The rules beside ITM's and ITC's thresholds that decided, by their name in `filter`."""
@@ -363,9 +369,9 @@ class Run:
             expression, limits = _distance_to_calibrated(self._promise())
             order_params |= limits
         if "$threshold" in expression:
-            web, synthetic = (thresholds.of(kind)["itm"] for kind in ("web", "synthetic"))
-            order_params["threshold"] = 0.5 if web is None else web
-            order_params["threshold_synthetic"] = 0.5 if synthetic is None else synthetic
+            for name, kind in (("threshold", "web"), ("threshold_synthetic", "synthetic")):
+                limit = thresholds.of(kind)["itm"]
+                order_params[name] = 0.5 if limit is None else limit
         if "$seed" in expression:
             order_params["seed"] = query.seed
         total_key = ("total", where, repr(params)) if query.review is None else None
@@ -603,7 +609,7 @@ class Run:
             params,
         )
         result: dict[str, Any] = {
-            "thresholds": {source: thresholds.of(source) for source in ("web", "synthetic")},
+            "thresholds": thresholds.by_source(),
             "as_run": thresholds.as_run,
             "sources": {},
         }
@@ -817,9 +823,9 @@ def _would_keep(thresholds: Thresholds) -> tuple[str, dict[str, float]]:
     if thresholds.as_run:
         return "coalesce(p.keep, false)", params
     cases = ["WHEN 'human' THEN true"]
-    for source in ("web", "synthetic"):
+    for source, limits in thresholds.by_source().items():
         judged = []
-        for name, value in thresholds.of(source).items():
+        for name, value in limits.items():
             if value is not None:
                 judged.append(f"coalesce(p.{name}::DOUBLE >= $t_{source}_{name}, false)")
                 params[f"t_{source}_{name}"] = value

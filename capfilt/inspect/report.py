@@ -245,7 +245,7 @@ def _thresholds(run: RunDir) -> dict[str, dict[str, float | None]]:
         if record:
             found = decided_thresholds(record.get("config", {}))
             break
-    return {source: found.of(source) for source in ("web", "synthetic")}
+    return found.by_source()
 
 
 def _one_threshold(thresholds: dict[str, dict[str, float | None]]) -> float | None:

@@ -26,6 +26,10 @@ class Thresholds:
         own = self.synthetic if source == "synthetic" and self.synthetic else (self.itm, self.itc)
         return dict(zip(("itm", "itc"), own, strict=True))
 
+    def by_source(self) -> dict[str, dict[str, float | None]]:
+        """`of` the sources that have thresholds; human pairs are kept whatever their score."""
+        return {source: self.of(source) for source in ("web", "synthetic")}
+
 
 def decided_thresholds(config: Mapping[str, Any]) -> Thresholds:
     """The thresholds in a `filter` section that decided."""

@@ -363,13 +363,16 @@ def _parts(texts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, texts[rows]
 
 
+def _draw(rng: np.random.Generator, rows: int, count: int) -> Tensor:
+    """`count` of so many rows at random; all come once before any comes again."""
+    rounds = [rng.permutation(rows) for _ in range(-(-count // rows))]
+    return torch.from_numpy(np.concatenate(rounds)[:count])
+
+
 @torch.no_grad()
 def _fill_bank(bank: Tensor, embeds: Tensor, rng: np.random.Generator) -> None:
     """Draws the bank's rows from `[N, E]`; where there are fewer, some of them stand twice."""
-    rows = np.concatenate(
-        [rng.permutation(len(embeds)) for _ in range(-(-len(bank) // len(embeds)))]
-    )
-    bank.copy_(embeds[torch.from_numpy(rows[: len(bank)])])
+    bank.copy_(embeds[_draw(rng, len(embeds), len(bank))])
 
 
 @torch.no_grad()
@@ -382,9 +385,7 @@ def _fill_neighbours(
     """
     described = pooled.human if pooled.human.any() else np.ones(len(images), bool)
     rows = [(row, text) for row in np.flatnonzero(described) for text in pooled.owned[row]]
-    count = len(neighbours.images)
-    drawn = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))])
-    chosen = torch.tensor([rows[i] for i in drawn[:count]])
+    chosen = torch.tensor(rows)[_draw(rng, len(rows), len(neighbours.images))]
     neighbours.images.copy_(images[chosen[:, 0]])
     neighbours.texts.copy_(F.normalize(pooled.texts[chosen[:, 1]].float(), dim=-1))
 

@@ -343,15 +343,19 @@ def test_a_decision_may_hold_thresholds_of_synthetic_texts(server: Server, tmp_p
     assert (loaded.itc_threshold, loaded.synthetic_itc_threshold) == (None, -1.0)
 
 
-def test_a_run_with_thresholds_of_synthetic_texts_can_go_back_to_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [0.8, 0.5])
+def test_a_run_with_thresholds_of_synthetic_texts_can_go_back_to_one(
+    tmp_path: Path, own: float
+) -> None:
+    """Also where they are the web texts' own, 0.5: the config would hold on to them."""
     folder = make_run(tmp_path / "run")
     for path in (folder / "decisions").glob("*.manifest.json"):
         record = json.loads(path.read_text())
-        record["config"]["synthetic_itm_threshold"] = 0.8
+        record["config"]["synthetic_itm_threshold"] = own
         path.write_text(json.dumps(record))
     started, process = start(app.open_page(str(folder), reviewer="ann"))
     try:
-        assert started.ask("/api/summary").json["thresholds"]["synthetic"]["itm"] == 0.8
+        assert started.ask("/api/summary").json["thresholds"]["synthetic"]["itm"] == own
         answer = started.ask("/api/threshold", t_itm="0.6", t_synthetic_itm="0.6").json
         assert "filter.synthetic_itm_threshold=null" in answer["set"]
     finally:

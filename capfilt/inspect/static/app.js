@@ -371,6 +371,13 @@ function tryThreshold(source, name, value) {
   state[parameter(source, name)] = value == null ? "off" : value.toFixed(3);
 }
 
+// Synthetic texts get the web texts' threshold, by saying so only where that is needed.
+function followWeb(name) {
+  const limit = tried("web", name);
+  delete state[parameter("synthetic", name)];
+  if (limit !== tried("synthetic", name)) tryThreshold("synthetic", name, limit);
+}
+
 function showHistograms(histogram) {
   const name = scoreName();
   const { low, high, bins } = histogram;
@@ -423,8 +430,7 @@ function drag(source, value) {
     tryThreshold(source, name, limit);
   } else {
     tryThreshold("web", name, limit);
-    if (ownThresholds()) tryThreshold("synthetic", name, limit);
-    else delete state[parameter("synthetic", name)];
+    followWeb(name);
   }
   paintThreshold();
   tryThresholds();
@@ -615,11 +621,7 @@ function listen() {
   });
   $("#together").addEventListener("change", (event) => {
     if (!event.target.checked) return;   // from now on each slider moves its own
-    for (const name of ["itm", "itc"]) {
-      const limit = tried("web", name);
-      delete state[parameter("synthetic", name)];
-      if (limit !== tried("synthetic", name)) tryThreshold("synthetic", name, limit);
-    }
+    ["itm", "itc"].forEach(followWeb);
     storeState();
     paintThreshold();
     tryThresholds();
