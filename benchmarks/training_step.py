@@ -101,7 +101,7 @@ def step_of(preset: str, rows: int, device: str, precision: str) -> Callable[[],
     if small:
         model = model_folder.fresh_model(Model(), True).to(device)
     else:
-        model = MED(model_folder.med_config(Model(preset="base"))).to(device)
+        model = MED(model_folder.preset_config(Model(preset="base"))).to(device)
     tokenizer = model_folder.preset_tokenizer(Model())
     batch = batch_of(model, rows, not small, device)
     vocabulary = torch.arange(model.config.vocab_size)

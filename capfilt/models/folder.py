@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from capfilt.config import Captioner, Config, Matcher, Model
 from capfilt.errors import ConfigError
-from capfilt.models import hub, med
+from capfilt.models import hub, initial, med_files
+from capfilt.models.efficientnet_lite import VARIANTS
+from capfilt.models.med import MED
+from capfilt.models.med_config import MEDConfig, base, large, resized, small
 from capfilt.models.tokens import load_tokenizer
 from capfilt.shards import RunDir
 
@@ -23,9 +26,9 @@ VOCABULARY = "lm_vocabulary.json"
 MARKER = "manifest.json"
 
 
-def med_config(config: Model) -> med.MEDConfig:
+def preset_config(config: Model) -> MEDConfig:
     """The shape of the MED that a preset names."""
-    shape = {"small": med.small, "base": med.base, "large": med.large}[config.preset]()
+    shape = {"small": small, "base": base, "large": large}[config.preset]()
     if config.preset == "small":
         first = config.lite.split("+")[0]
         return replace(
@@ -35,16 +38,16 @@ def med_config(config: Model) -> med.MEDConfig:
             pooled_components=config.pooled_components,
             itm_bank=config.itm_bank,
             itm_words=config.itm_words,
-            image_size_px=config.image_size_px or med.VARIANTS[first].image_size_px,
+            image_size_px=config.image_size_px or VARIANTS[first].image_size_px,
             grid_side=config.grid_side,
             grid_components=config.grid_components,
             itc_heads=config.itc_heads,
             embed_dim=shape.embed_dim * config.itc_heads,
         )
-    return med.resized(shape, config.image_size_px) if config.image_size_px else shape
+    return resized(shape, config.image_size_px) if config.image_size_px else shape
 
 
-def fresh_model(config: Model, freeze_image: bool) -> med.MED:
+def fresh_model(config: Model, freeze_image: bool) -> MED:
     """A MED with the preset's pretrained parts and fresh cross-attention, projections and heads.
 
     Raises:
@@ -52,20 +55,20 @@ def fresh_model(config: Model, freeze_image: bool) -> med.MED:
         ConfigError: the preset can't do what is asked.
     """
     torch.manual_seed(0)
-    model = med.MED(med_config(config))
+    model = MED(preset_config(config))
     if config.preset == "small":
         if not freeze_image:
             raise ConfigError(
                 "freeze_image: the small preset's EfficientNet-Lite has its batch norms folded and "
                 "stays frozen; set freeze_image: true, or model.preset: base"
             )
-        med.init_lite(model)
+        initial.init_lite(model)
     elif config.image_weights is not None:
         hub.init_vit(model, config.image_weights)
     if config.preset == "small" and config.text_weights is None:
-        med.init_from_minilm(model)
+        initial.init_from_minilm(model)
     elif config.text_weights is not None:
-        med.init_from_bert(model, config.text_weights)
+        initial.init_from_bert(model, config.text_weights)
     if freeze_image:
         model.vision.requires_grad_(False)
     return model
@@ -83,10 +86,10 @@ def uses_features(config: Model, freeze_image: bool) -> bool:
 
 
 def save(
-    model: med.MED, tokenizer: PreTrainedTokenizerBase, folder: Path, *, vocabulary: Tensor | None
+    model: MED, tokenizer: PreTrainedTokenizerBase, folder: Path, *, vocabulary: Tensor | None
 ) -> None:
     """Writes a model folder."""
-    med.save(model, folder)
+    med_files.save(model, folder)
     tokenizer.save_pretrained(str(folder))
     listed = None if vocabulary is None else vocabulary.tolist()
     temporary = folder / f"{VOCABULARY}.tmp"
@@ -94,7 +97,7 @@ def save(
     os.replace(temporary, folder / VOCABULARY)
 
 
-def load(folder: str | Path) -> tuple[med.MED, PreTrainedTokenizerBase, Tensor | None]:
+def load(folder: str | Path) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
     """Reads a model folder, or a BLIP checkpoint by folder or hub name.
 
     Returns:
@@ -111,7 +114,7 @@ def load(folder: str | Path) -> tuple[med.MED, PreTrainedTokenizerBase, Tensor |
         if (path / VOCABULARY).exists():
             listed = json.loads((path / VOCABULARY).read_text(encoding="utf-8"))
         vocabulary = None if listed is None else torch.tensor(listed)
-        return med.load(path), load_tokenizer(path), vocabulary
+        return med_files.load(path), load_tokenizer(path), vocabulary
     model = hub.load(str(folder))
     has_tokenizer = (path / "vocab.txt").exists() or (path / "tokenizer.json").exists()
     return model, load_tokenizer(path if has_tokenizer else None), None
@@ -119,7 +122,7 @@ def load(folder: str | Path) -> tuple[med.MED, PreTrainedTokenizerBase, Tensor |
 
 def start(
     run: RunDir, config: Config, settings: Matcher | Captioner
-) -> tuple[med.MED, PreTrainedTokenizerBase, Tensor | None]:
+) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
     """Where a finetuning starts: `init` if given, else the run's pretraining, else the preset."""
     if settings.init is not None:
         found = load(settings.init)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from capfilt.errors import ConfigError
-from capfilt.models.med import DEC_ID, MED, SEP_ID, CrossKeysValues, KeysValues
+from capfilt.models.med import MED
+from capfilt.models.text_tower import DEC_ID, SEP_ID, CrossKeysValues, KeysValues
 
 Method = Literal["nucleus", "top_k", "greedy", "beam"]
 

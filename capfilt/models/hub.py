@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from capfilt.errors import ConfigError, InputError
-from capfilt.models import med
-from capfilt.models.med import MED, MEDConfig, check_keys, read_weights
+from capfilt.models import med_files
+from capfilt.models.med import MED
+from capfilt.models.med_config import MEDConfig
+from capfilt.models.med_files import check_keys, read_weights
 from capfilt.models.vit import ViT, interpolate_positions
 
 log = logging.getLogger(__name__)
@@ -279,7 +281,7 @@ def load(
         except json.JSONDecodeError as error:
             raise InputError(f"{folder / 'config.json'}: not JSON ({error})") from None
         if own:
-            model = med.load(folder)
+            model = med_files.load(folder)
             side = model.config.image_size_px
             if image_size_px not in (None, side):
                 raise InputError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capfilt.errors import InputError
-from capfilt.models.med import CLS_ID, DEC_ID, ENC_ID, PAD_ID, SEP_ID
+from capfilt.models.text_tower import CLS_ID, DEC_ID, ENC_ID, PAD_ID, SEP_ID
 from capfilt.models.weights import minilm_folder
 
 if TYPE_CHECKING:

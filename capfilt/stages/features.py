@@ -25,7 +25,7 @@ from capfilt.stage import Transform
 if TYPE_CHECKING:
     import torch
 
-    from capfilt.models.med import MEDConfig
+    from capfilt.models.med_config import MEDConfig
 
 BATCH = 32
 
@@ -70,11 +70,12 @@ class FeaturesStage:
 
     def open(self, device: str) -> Transform:
         """Loads the tower."""
-        from capfilt.models import med
-        from capfilt.models.folder import med_config
+        from capfilt.models.folder import preset_config
+        from capfilt.models.initial import init_lite
+        from capfilt.models.med import MED
 
-        model = med.MED(med_config(self.settings))
-        med.init_lite(model)
+        model = MED(preset_config(self.settings))
+        init_lite(model)
         tower = model.vision.to(device).eval()
         return partial(encode_shard, tower=tower, config=model.config, device=device)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from capfilt.errors import ConfigError, InputError
 from capfilt.models.images import ImageError, augment, open_rgb, pixels
-from capfilt.models.med import MEDConfig
+from capfilt.models.med_config import MEDConfig
 from capfilt.models.tokens import clean
 from capfilt.shards import RunDir, Shard
 

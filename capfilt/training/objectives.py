@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from capfilt.config import Itc
 from capfilt.models import losses
-from capfilt.models.med import MED, CrossKeysValues
+from capfilt.models.med import MED
 from capfilt.models.momentum import momentum_copy, momentum_update
+from capfilt.models.text_tower import CrossKeysValues
 from capfilt.models.tokens import tokenize
 from capfilt.training import ranks
 from capfilt.training.data import Batch

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from capfilt.config import Optim
 from capfilt.errors import ConfigError
-from capfilt.models.med import MED, TextLayer
+from capfilt.models.med import MED
+from capfilt.models.text_tower import TextLayer
 
 NEW_PARTS = ("adapter.", "cross_attention", "lm_head", "itm_head", "vision_proj", "text_proj")
 """Parts that no BERT, ViT or EfficientNet checkpoint fills."""

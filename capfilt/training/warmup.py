@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
 from capfilt.models.itm_start import Neighbours, WordDetectors
-from capfilt.models.med import MED, Dropout, zero_last_layer
+from capfilt.models.med import MED, zero_last_layer
+from capfilt.models.text_tower import Dropout
 from capfilt.models.tokens import tokenize
 from capfilt.training import ranks
 from capfilt.training.data import Stream

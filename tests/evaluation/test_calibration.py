@@ -546,7 +546,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from capfilt.config import Score
     from capfilt.models import folder as model_folder
-    from capfilt.models.med import MED, MEDConfig
+    from capfilt.models.med import MED
+    from capfilt.models.med_config import MEDConfig
     from capfilt.models.tokens import load_tokenizer
     from capfilt.shards import Shard
     from capfilt.stage import identify, identify_shared, run_shard

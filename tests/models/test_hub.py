@@ -10,8 +10,8 @@ from tiny_models import LITE, SHAPES, TINY, oracle, tiny
 from transformers import BlipForImageTextRetrieval, ViTConfig, ViTModel
 
 from capfilt.errors import ConfigError, InputError
-from capfilt.models import hub, med
-from capfilt.models.med import MEDConfig
+from capfilt.models import hub, med_files
+from capfilt.models.med_config import MEDConfig
 
 # heads are 64 wide in the original release, whose files carry no config
 ORIGINAL = MEDConfig(
@@ -98,7 +98,7 @@ def test_the_wrong_kind(tmp_path: Path) -> None:
 
 
 def test_own_folders(tmp_path: Path) -> None:
-    med.save(tiny(), tmp_path)
+    med_files.save(tiny(), tmp_path)
     assert hub.load(tmp_path).config == TINY
     with pytest.raises(InputError, match="image_size_px"):
         hub.load(tmp_path, image_size_px=64)

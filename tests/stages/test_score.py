@@ -17,7 +17,8 @@ from capfilt.inspect.embedder import open_embedder
 from capfilt.inspect.search import open_embeddings
 from capfilt.manifest import Identity
 from capfilt.models import folder as model_folder
-from capfilt.models.med import MED, MEDConfig
+from capfilt.models.med import MED
+from capfilt.models.med_config import MEDConfig
 from capfilt.models.tokens import load_tokenizer
 from capfilt.schema import CAPTIONS, IMAGES
 from capfilt.shards import RunDir, Shard

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from capfilt.config import Config
-from capfilt.models.med import MED, MEDConfig
+from capfilt.models.med import MED
+from capfilt.models.med_config import MEDConfig
 from capfilt.schema import IMAGES
 from capfilt.shards import RunDir
 
