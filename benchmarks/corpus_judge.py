@@ -25,7 +25,7 @@ from capfilt.models import losses
 from capfilt.models.folder import fresh_model, preset_tokenizer
 from capfilt.models.images import open_rgb, pixels
 from capfilt.models.tokens import clean
-from capfilt.training.warmup import pool_texts
+from capfilt.training.pooled import pool_texts
 
 PICTURES = 700
 WIDTH = 384

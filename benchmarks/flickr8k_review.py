@@ -6,9 +6,9 @@
 
 DATA is the folder with web_truth.jsonl, which only this script reads. `measure` prints what the
 kept web pairs hold. `calibrate` lets a simulated reviewer judge pairs drawn at random, asks for
-95 % precision and measures what is then kept. `teach` finetunes the matcher for a few steps with
-reviews near the threshold, with as many random ones, and without any, and compares what the three
-know of the web pairs that nobody reviewed.
+95 % precision and measures what is then kept. `teach` finetunes the matcher as the pipeline does
+with reviews near the threshold, with as many random ones, and without any, and compares what the
+three know of the web pairs that nobody reviewed.
 """
 
 import argparse
@@ -37,8 +37,6 @@ from capfilt.shards import RunDir
 from capfilt.stages.score import score_pairs
 
 CONFIG = "pipelines/flickr8k-small.yaml"
-TEACH = ["matcher.head_warmup=null", "matcher.web_pairs=false", "matcher.epochs=0.25",
-         "matcher.labels_per_step=32"]  # fmt: skip
 
 
 def web_pairs(run: Path, truth: list[dict], shard_size: int) -> list[dict]:
@@ -161,9 +159,9 @@ def teach(arguments: argparse.Namespace, pairs: list[dict]) -> None:
             with tempfile.TemporaryDirectory(dir=arguments.run.parent) as folder:
                 run = Path(folder) / "run"
                 shutil.copytree(arguments.run, run, copy_function=os.link)
-                start = run / "models" / "start"
-                (run / "models" / "matcher").rename(start)
-                changed = [*TEACH, f"matcher.init={start}", f"seed={seed}"]
+                shutil.rmtree(run / "models" / "matcher")
+                # of this run, whatever the seed of the reviews
+                changed = [f"matcher.init={arguments.run / 'models' / 'pretrain'}", f"seed={seed}"]
                 if chosen:
                     labels = Path(folder) / "labels"
                     review(arguments.run, labels, chosen, name)

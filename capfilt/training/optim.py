@@ -1,7 +1,9 @@
 """The optimiser, the learning rate, and the averaged weights."""
 
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -120,3 +122,26 @@ class AveragedWeights:
         self.updates = int(state["updates"])
         for name, weight in self.weights.items():
             weight.copy_(state[name])
+
+
+def cosine_batches(
+    rng: np.random.Generator,
+    rows: np.ndarray,
+    size: int,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+) -> Iterator[list[int]]:
+    """The rows of each step: all come once before any comes again.
+
+    Before each step the learning rate is set: from `lr` it falls to 0 along a cosine.
+    """
+    size = min(size, len(rows))
+    order: list[int] = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        if len(order) < size:
+            order = rng.permutation(rows).tolist()
+        batch, order = order[:size], order[size:]
+        yield batch

@@ -9,13 +9,13 @@ import torch
 from small_run import TINY, write_run
 
 from capfilt.config import HeadWarmup
-from capfilt.models.itm_start import Neighbours, WordDetectors
 from capfilt.models.med import MED
 from capfilt.models.tokens import load_tokenizer, tokenize
 from capfilt.schema import FEATURES
 from capfilt.shards import Shard
 from capfilt.training import warmup
 from capfilt.training.data import Stream, take_inventory
+from capfilt.training.pooled import pool_pairs
 
 LITE = dataclasses.replace(
     TINY,
@@ -142,7 +142,7 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     assert len(further) == 4 and min(further) > 0  # style, neighbours, words, wrong word
     found = model.adapter.components.clone()
     torch.testing.assert_close(found @ found.T, torch.eye(8), atol=1e-3, rtol=0)
-    pooled = warmup.pool_pairs(model, tokenizer, stream, 16, "cpu")
+    pooled = pool_pairs(model, tokenizer, stream, 16, "cpu")
     assert torch.equal(model.adapter.components, found)  # what reads them knows them by now
     # the web's own texts ("nothing of this 3") are told from people's, who wrote none of them
     with torch.no_grad():
@@ -164,39 +164,6 @@ def test_components_and_bank_are_found_in_the_data(prepared, tmp_path: Path) -> 
     assert not any(parameter.requires_grad for parameter in start.words.parameters())
 
 
-@pytest.mark.parametrize("human", [(1, 3), ()])
-def test_neighbours_are_pictures_that_people_described(human: tuple[int, ...]) -> None:
-    """Each with a caption of its own; all pictures where people described none."""
-    torch.manual_seed(0)
-    owned = [[0], [1, 2], [3], [4, 5, 6], [7]]
-    described = np.isin(np.arange(5), human)
-    pooled = warmup.Pooled(
-        list("abcde"), described, torch.zeros(5, 1), list("tuvwxyz-"), 3 * torch.randn(8, 4), owned
-    )
-    images, neighbours = torch.eye(6)[:5], Neighbours(12, 6, 4)
-    warmup._fill_neighbours(neighbours, images, pooled, np.random.default_rng(0))
-    texts = torch.nn.functional.normalize(pooled.texts, dim=-1)
-    rows = neighbours.images.argmax(1).tolist()
-    found = [
-        (row, int((texts @ text).argmax()))
-        for row, text in zip(rows, neighbours.texts, strict=True)
-    ]
-    allowed = {(row, text) for row in human or range(5) for text in owned[row]}
-    assert set(found) == allowed and len(allowed) == (5 if human else 8)
-    torch.testing.assert_close(neighbours.texts, texts[[text for _, text in found]])
-
-
-def test_channel_scale_is_that_of_all_cells() -> None:
-    scale = warmup._ChannelScale(6)
-    parts = [torch.randn(3, 4, 6) * 5 + 2, torch.randn(1, 4, 6)]
-    for part in parts:
-        scale.add(part)
-    mean, std = scale.mean_and_std()
-    cells = torch.cat([part.flatten(0, 1) for part in parts])
-    torch.testing.assert_close(mean, cells.mean(0))
-    torch.testing.assert_close(std, cells.std(0, correction=0))
-
-
 def test_what_people_said_of_a_text_outweighs_the_heads(prepared, tmp_path: Path) -> None:
     model, tokenizer, stream, _ = prepared
     weights = warm_up(
@@ -208,19 +175,3 @@ def test_what_people_said_of_a_text_outweighs_the_heads(prepared, tmp_path: Path
     )
     assert weights["web-00000-00000"] == 0.0 and weights["web-00000-00003"] == 1.0
     assert len(weights) == 40 and len(set(weights.values())) > 10
-
-
-def test_detectors_of_a_handful_of_pictures_say_something_finite(monkeypatch) -> None:
-    """All pictures may be in one part, and a net would have none to learn from."""
-    monkeypatch.setattr(warmup, "WORD_STEPS", 3)
-    captions = ["a red dog", "a dog in the snow"]
-    pooled = warmup.Pooled(
-        ["web-00000-00000"], np.array([False]), torch.randn(1, 12), captions, torch.randn(2, 8), [[0, 1]]
-    )  # fmt: skip
-    tokenizer = load_tokenizer()
-    words = WordDetectors(12, 9, 30524, (0, 101, 102))
-    monkeypatch.setattr(warmup, "WORD_MIN_COUNT", 1)
-    ids = tokenize(tokenizer, captions, 8)[0]
-    unseen = warmup._learn_words(words, tokenizer, ids, pooled, np.ones(1), 0)
-    assert torch.isfinite(unseen).all() and torch.isfinite(words.told).all()
-    assert torch.isfinite(words.logits(torch.randn(3, 12))).all()

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+
+from capfilt.models.itm_start import Neighbours, WordDetectors
+from capfilt.models.tokens import load_tokenizer, tokenize
+from capfilt.training import start_itm
+from capfilt.training.pooled import Pooled
+
+
+@pytest.mark.parametrize("human", [(1, 3), ()])
+def test_neighbours_are_pictures_that_people_described(human: tuple[int, ...]) -> None:
+    """Each with a caption of its own; all pictures where people described none."""
+    torch.manual_seed(0)
+    owned = [[0], [1, 2], [3], [4, 5, 6], [7]]
+    described = np.isin(np.arange(5), human)
+    pooled = Pooled(
+        list("abcde"), described, torch.zeros(5, 1), list("tuvwxyz-"), 3 * torch.randn(8, 4), owned
+    )
+    images, neighbours = torch.eye(6)[:5], Neighbours(12, 6, 4)
+    start_itm._fill_neighbours(neighbours, images, pooled, np.random.default_rng(0))
+    texts = torch.nn.functional.normalize(pooled.texts, dim=-1)
+    rows = neighbours.images.argmax(1).tolist()
+    found = [
+        (row, int((texts @ text).argmax()))
+        for row, text in zip(rows, neighbours.texts, strict=True)
+    ]
+    allowed = {(row, text) for row in human or range(5) for text in owned[row]}
+    assert set(found) == allowed and len(allowed) == (5 if human else 8)
+    torch.testing.assert_close(neighbours.texts, texts[[text for _, text in found]])
+
+
+def test_detectors_of_a_handful_of_pictures_say_something_finite(monkeypatch) -> None:
+    """All pictures may be in one part, and a net would have none to learn from."""
+    monkeypatch.setattr(start_itm, "WORD_STEPS", 3)
+    captions = ["a red dog", "a dog in the snow"]
+    pooled = Pooled(
+        ["web-00000-00000"], np.array([False]), torch.randn(1, 12), captions, torch.randn(2, 8), [[0, 1]]
+    )  # fmt: skip
+    tokenizer = load_tokenizer()
+    words = WordDetectors(12, 9, 30524, (0, 101, 102))
+    monkeypatch.setattr(start_itm, "WORD_MIN_COUNT", 1)
+    ids = tokenize(tokenizer, captions, 8)[0]
+    unseen = start_itm._learn_words(words, tokenizer, ids, pooled, np.ones(1), 0)
+    assert torch.isfinite(unseen).all() and torch.isfinite(words.told).all()
+    assert torch.isfinite(words.logits(torch.randn(3, 12))).all()
