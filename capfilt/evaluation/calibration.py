@@ -115,7 +115,7 @@ class Calibration:
     def _source(self, source: str) -> SourceCalibration:
         if source not in self.sources:
             raise InputError(
-                f"the calibration has nothing on {source} texts ( {', '.join(self.sources)} only); "
+                f"the calibration has nothing on {source} texts ({', '.join(self.sources)} only); "
                 "redo it with `capfilt calibrate CONFIG`"
             )
         return self.sources[source]

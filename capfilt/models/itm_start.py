@@ -20,6 +20,9 @@ UNSEEN = -0.7
 """What a word that the detectors don't know counts, in units of log probability."""
 FOLDS = 5
 """So many nets make up the detectors; each has not seen one of so many parts of the pictures."""
+FOLD_CELLS = 20.0
+"""Pictures are parted by cells of a direction of the pooled image, so many a standard deviation:
+similar pictures, which are not alike to the last digit, fall apart at random."""
 RELATED = 20
 """A word is compared with at most so many that may stand in its place."""
 SURE = -2.0
@@ -119,9 +122,10 @@ class ITMStart(nn.Module):
             columns.append(self.neighbours(images, pooled_texts))
         if self.words is not None:
             assert self.wrong_word is not None
-            logits = self.words.logits(pooled_images)
-            columns.append(self.words(logits, ids))
-            columns.append(-self.wrong_word(logits, ids, self.words))
+            said = self.words.by_net(pooled_images)
+            columns.append(self.words(said.mean(0), ids))
+            blind = self.words.blind(said, pooled_images)
+            columns.append(-self.wrong_word(blind, ids, self.words))
         return torch.stack(columns, dim=1)
 
     def forward(self, *pairs: Tensor) -> Tensor:
@@ -177,11 +181,13 @@ class WordDetectors(nn.Module):
     """How probable each word is in a caption of a picture, read from its pooled image.
 
     Several nets say so and their logits are averaged. None has seen all pictures that they were
-    taught with, so for each of these there is one that says of it what it would of a new one.
+    taught with, so for each of these there is one that says of it what it would of a new one. Which
+    one that is can be read off the pooled image.
 
     Attributes:
         size: W.
         nets: `FOLDS` of them.
+        divide: `[I]`, the direction along which pictures are parted into folds, in `FOLD_CELLS`.
         columns: int64 `[vocab_size]`, the detector of each token; W for special tokens, W + 1 for
             tokens that have none.
         prior: `[W]`, log-odds of the words in captions of any picture.
@@ -203,6 +209,7 @@ class WordDetectors(nn.Module):
         self.prior = nn.Buffer(torch.zeros(words))
         self.whole = nn.Buffer(torch.zeros(words, dtype=torch.bool))
         self.told = nn.Buffer(torch.zeros(words))
+        self.divide = nn.Buffer(torch.zeros(pooled_width))
         self.nets = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(pooled_width),
@@ -250,9 +257,30 @@ class WordDetectors(nn.Module):
             nn.init.zeros_(last.weight)
             last.bias.copy_(self.prior)
 
+    def part(self, pooled: Tensor, generator: torch.Generator) -> None:
+        """Draws the direction along which pictures are parted, from those at hand, `[N, I]`."""
+        direction = torch.randn(len(self.divide), generator=generator).to(pooled)
+        spread = (pooled @ direction).std(correction=0).clamp(min=1e-6)
+        self.divide.copy_(direction * FOLD_CELLS / spread)
+
+    def fold(self, pooled: Tensor) -> Tensor:
+        """The net that was not taught with a picture: pooled images `[N, I]` to int64 `[N]`."""
+        return (pooled.float() @ self.divide).floor().long() % FOLDS
+
+    def by_net(self, pooled: Tensor) -> Tensor:
+        """What each net says, log-odds: pooled images `[N, I]` to `[FOLDS, N, W]`."""
+        return torch.stack([net(pooled) for net in self.nets])
+
     def logits(self, pooled: Tensor) -> Tensor:
         """Log-odds of each word in a caption: pooled images `[N, I]` to `[N, W]`."""
-        return torch.stack([net(pooled) for net in self.nets]).mean(0)
+        return self.by_net(pooled).mean(0)
+
+    def blind(self, said: Tensor, pooled: Tensor) -> Tensor:
+        """Of what the nets say, `by_net`, that of the one that has not seen the picture: `[N, W]`.
+
+        The others have read the very text that is to be judged, and expect its words.
+        """
+        return said[self.fold(pooled), torch.arange(len(pooled), device=said.device)]
 
     def lift(self, logits: Tensor) -> Tensor:
         """How much more probable each word is in a caption of a picture than in any caption.
@@ -300,7 +328,9 @@ class WrongWord(nn.Module):
 
     A text with one word exchanged is as similar to its picture as the right one, or nearly so. What
     gives it away is that the detectors expect a related word in its place. A small net weighs that
-    up for each word; it is taught with captions of which a word was exchanged on purpose.
+    up for each word; it is taught with captions of which a word was exchanged on purpose. It reads
+    the detector that has not seen the picture, always: the others were taught that the web's text
+    is right, wrong words included.
 
     Attributes:
         related: int64 `[W + 2, RELATED]`, the detectors of the words that may stand in the place of
@@ -337,7 +367,7 @@ class WrongWord(nn.Module):
         """Log-odds that each token of a text was exchanged.
 
         Args:
-            logits: the detectors', `[N, W]`, of the pictures.
+            logits: of the blind detector, `[N, W]` (`WordDetectors.blind`).
             ids: `[N, L]`, the texts' tokens.
             words: the detectors.
 

@@ -181,7 +181,8 @@ def _learn_words(
         seed: of the draws.
 
     Returns:
-        `[N, W]`, what the one net says of each picture that was not taught with it; float16.
+        `[N, W]`, what the one net says of each picture that was not taught with it; float16 (see
+        `WordDetectors.blind`).
     """
     weight = believed * np.where(pooled.human, 2.0, 1.0)
     known, target = _word_targets(words, ids, pooled, weight)
@@ -193,7 +194,8 @@ def _learn_words(
         whole = [token.isalpha() for token in tokenizer.convert_ids_to_tokens(known)]
         words.know(known, times / counted.sum(), whole)
     rng = np.random.default_rng([seed, 13])
-    fold = rng.integers(len(words.nets), size=len(weight))
+    words.part(pooled.images, torch.Generator().manual_seed(seed))
+    fold = words.fold(pooled.images).cpu().numpy()
     unseen = torch.zeros(len(weight), words.size, dtype=torch.float16)
     gained = torch.zeros(words.size)
     for number, net in enumerate(words.nets):

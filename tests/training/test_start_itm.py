@@ -44,3 +44,32 @@ def test_detectors_of_a_handful_of_pictures_say_something_finite(monkeypatch) ->
     unseen = start_itm._learn_words(words, tokenizer, ids, pooled, np.ones(1), 0)
     assert torch.isfinite(unseen).all() and torch.isfinite(words.told).all()
     assert torch.isfinite(words.logits(torch.randn(3, 12))).all()
+
+
+def test_the_blind_detector_has_not_read_the_pictures_own_text(monkeypatch) -> None:
+    """Pictures that have nothing in common: a word can only be learned by heart."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(start_itm, "WORD_STEPS", 150)
+    monkeypatch.setattr(start_itm, "WORD_MIN_COUNT", 1)
+    words = ["dog", "cat", "horse", "bird", "cow", "sheep", "fish", "bear", "wolf", "duck"]
+    captions = [f"a {word}" for word in words]
+    pooled = Pooled(
+        [f"web-00000-{row:05}" for row in range(200)],
+        np.zeros(200, bool),
+        torch.randn(200, 32),
+        captions,
+        torch.randn(len(words), 8),
+        [[row % len(words)] for row in range(200)],
+    )
+    detectors, tokenizer = WordDetectors(32, 12, 30524, (0, 101, 102)), load_tokenizer()
+    ids = tokenize(tokenizer, captions, 8)[0]
+    unseen = start_itm._learn_words(detectors, tokenizer, ids, pooled, np.ones(200), 0)
+    fold = detectors.fold(pooled.images)
+    assert fold.bincount(minlength=5).min() > 15
+    # nearly the same picture is in another fold as often as not
+    assert (detectors.fold(pooled.images * 1.1) == fold).float().mean() < 0.6
+    said = detectors.by_net(pooled.images)
+    blind = detectors.blind(said, pooled.images)
+    torch.testing.assert_close(blind, unseen.float(), atol=1e-2, rtol=1e-2)
+    own = torch.tensor([detectors.columns[ids[texts[0], 2]] for texts in pooled.owned])[:, None]
+    assert said.mean(0).gather(1, own).mean() > blind.gather(1, own).mean() + 1
