@@ -32,9 +32,10 @@ from pydantic import ValidationError
 import capfilt
 from capfilt.config import Filter
 from capfilt.errors import CapfiltError, InputError, MissingExtraError, UsageError
-from capfilt.inspect import queries
+from capfilt.inspect import filters, pictures, queries
 from capfilt.inspect.labels import SAMPLING, VERDICTS, Label, check_reviewer, utc_now
 from capfilt.inspect.search import KINDS, MISSING, Embedder, Embeddings, open_embeddings
+from capfilt.inspect.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -253,12 +254,12 @@ class Page:
             self.run.histogram("itm")
 
     def pairs(self, request: "Request") -> Any:
-        """A screen of pairs; see `queries.Query` for the filters."""
+        """A screen of pairs; see `filters.Query` for the filters."""
         params = request.query_params
-        query = queries.parse_query(params)
+        query = filters.parse_query(params)
         similar, is_picture = self._similar(params)
         if similar is not None and not params.get("order"):
-            query = queries.parse_query({**params, "order": "similar"})
+            query = filters.parse_query({**params, "order": "similar"})
         page = self.run.page(
             query, self._thresholds(params), self._reviewer(params), similar, is_picture
         )
@@ -276,7 +277,7 @@ class Page:
         """A picture of the run, small."""
         from starlette.responses import Response
 
-        side = 768 if request.query_params.get("size") == "large" else queries.THUMBNAIL_PX
+        side = 768 if request.query_params.get("size") == "large" else pictures.THUMBNAIL_PX
         data = self.run.thumbnail(request.path_params["key"], side)
         if data is None:
             raise _NotFound("there is no such picture, or it can't be decoded")
@@ -353,7 +354,7 @@ class Page:
         """Writes thresholds as a `filter:` section that `capfilt filter` applies."""
         self._may_write()
         values = _json(body)
-        given = {name: str(values[name]) for name in queries.TRIED if values.get(name) is not None}
+        given = {name: str(values[name]) for name in filters.TRIED if values.get(name) is not None}
         thresholds = self._thresholds(given)
         if thresholds.as_run:
             raise InputError("there is nothing to save yet: the run's own rules are in force")
@@ -378,7 +379,7 @@ class Page:
         """Takes a picture to search with; it stays in memory, and its URL dies with the server."""
         if self.embeddings is None or self.embedder is None:
             raise InputError("search by an own picture needs the matcher, which is not loaded")
-        picture = queries.shrink(body, 768)
+        picture = pictures.shrink(body, 768)
         if picture is None:
             raise InputError("that is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP)")
         vector = np.asarray(self.embedder.picture(picture), np.float32)
@@ -419,10 +420,10 @@ class Page:
         best = self.embeddings.top(vector, find, 500, without)
         return self.run.numbers_of(find, best), find == "image"
 
-    def _thresholds(self, params: Mapping[str, str]) -> queries.Thresholds:
-        return queries.parse_thresholds(params, self.run.thresholds())
+    def _thresholds(self, params: Mapping[str, str]) -> Thresholds:
+        return filters.parse_thresholds(params, self.run.thresholds())
 
-    def _filter(self, thresholds: queries.Thresholds) -> dict[str, Any]:
+    def _filter(self, thresholds: Thresholds) -> dict[str, Any]:
         # the run's own rules, where they are no thresholds, give way to what was tried
         off: dict[str, Any] = {
             name: False if name == "synthetic_only_where_web_dropped" else None

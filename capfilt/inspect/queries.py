@@ -4,28 +4,31 @@
 the tables are open duckdb has no access to files.
 """
 
-import io
 import json
 import logging
 import math
 import os
-import re
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 
 from capfilt import manifest
 from capfilt.errors import InputError
+from capfilt.inspect.filters import (
+    ORDERS,
+    Query,
+    conditions,
+    distance_to_calibrated,
+    shard_number,
+    would_keep,
+)
 from capfilt.inspect.index import attach, import_duckdb, version_of
 from capfilt.inspect.labels import VERDICTS, Label, LabelStore
+from capfilt.inspect.pictures import THUMBNAIL_PX, Pictures, shrink
+from capfilt.inspect.precision import pooled, precision_of
 from capfilt.inspect.thresholds import Thresholds, decided_thresholds
 from capfilt.schema import REASONS, SOURCES
 from capfilt.shards import RunDir
@@ -35,21 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ORDERS = {
-    "pair": "p.row",
-    "itm": "p.itm",
-    "itc": "p.itc",
-    "threshold": (
-        "abs(p.itm::DOUBLE"
-        " - CASE p.source WHEN 'synthetic' THEN $threshold_synthetic ELSE $threshold END)"
-    ),
-    "uncertain": "abs(p.itm::DOUBLE - 0.5)",
-    "disagreement": "-p.disagreement",
-    "random": "mix(mix(xor(mix(p.row), ($seed * 2654435761) & 4294967295)))",
-    "similar": "-s.similarity",
-}
-"""What pairs can be sorted by; each ascends from the most interesting."""
-
 _OTHER_RULES = (
     "fused_threshold",
     "expression",
@@ -57,159 +45,7 @@ _OTHER_RULES = (
     "top_fraction",
     "synthetic_only_where_web_dropped",
 )
-CHANGES = ("joins", "leaves", "any")
-TRIED = ("t_itm", "t_itc", "t_synthetic_itm", "t_synthetic_itc")
-"""The parameters of thresholds that are tried."""
-REVIEWS = ("todo", "mine", "labelled", "disputed", *VERDICTS)
-LARGEST_PAGE = 200
-LARGEST_AREA_PX = 80_000_000
-THUMBNAIL_PX = 256
-
 _LAST = 1e300
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
-
-@dataclass(frozen=True)
-class Query:
-    """Which pairs to show; every filter is optional and they combine.
-
-    Attributes:
-        keep: kept or dropped.
-        reason: one of the run's reasons.
-        source: `web`, `human` or `synthetic`.
-        itm_min: lowest ITM probability; itm_max, itc_min, itc_max likewise.
-        words: each must be in the text, in any case.
-        shard: name of a shard.
-        key: of a picture, or its beginning.
-        review: `todo` (no verdict of this reviewer), `mine`, `labelled`, `disputed`, or a verdict.
-        changes: pairs that the thresholds would change: `joins`, `leaves`, `any`.
-        order: one of `ORDERS`.
-        descending: turns the order round.
-        seed: of the random order.
-        limit: pairs a page.
-        after: the last row of the page before, as `Page.next` gives it.
-        before: the first row of the page after.
-    """
-
-    keep: bool | None = None
-    reason: str | None = None
-    source: str | None = None
-    itm_min: float | None = None
-    itm_max: float | None = None
-    itc_min: float | None = None
-    itc_max: float | None = None
-    words: str | None = None
-    shard: str | None = None
-    key: str | None = None
-    review: str | None = None
-    changes: str | None = None
-    order: str = "pair"
-    descending: bool = False
-    seed: int = 0
-    limit: int = 24
-    after: tuple[float, int] | None = None
-    before: tuple[float, int] | None = None
-
-    @property
-    def sampling(self) -> str:
-        """What labels given in this view count as.
-
-        A random order is a sample of the whole only while nothing but the source and the review
-        state narrows it down; another filter or order would bias the estimate.
-        """
-        narrowed = any(
-            getattr(self, each.name) is not None
-            for each in fields(self)
-            if each.name not in ("source", "review", "after", "before") and each.default is None
-        )
-        if self.order == "random" and not narrowed and self.review in (None, "todo"):
-            return "random"
-        return self.order if self.order in ("threshold", "uncertain") else "browse"
-
-
-def parse_query(params: Mapping[str, str]) -> Query:
-    """A query from the parameters of a URL; those it does not know are left alone.
-
-    Raises:
-        InputError: a value is not one that the parameter takes.
-    """
-    values: dict[str, Any] = {}
-    if params.get("keep"):
-        values["keep"] = _one_of(params, "keep", ("yes", "no")) == "yes"
-    for name, allowed in (
-        ("source", SOURCES),
-        ("review", REVIEWS),
-        ("changes", CHANGES),
-        ("order", tuple(ORDERS)),
-    ):
-        if params.get(name):
-            values[name] = _one_of(params, name, allowed)
-    for name in ("itm_min", "itm_max", "itc_min", "itc_max"):
-        if params.get(name):
-            values[name] = _number(params, name)
-    for name in ("reason", "words", "shard", "key"):
-        if params.get(name):
-            values[name] = params[name][:500]
-    for name in ("after", "before"):
-        if params.get(name):
-            values[name] = _cursor(params, name)
-    values["descending"] = params.get("desc") in ("1", "true")
-    if params.get("seed"):
-        values["seed"] = _whole(params, "seed", 0, 2**31 - 1)
-    if params.get("limit"):
-        values["limit"] = _whole(params, "limit", 1, LARGEST_PAGE)
-    return Query(**values)
-
-
-def parse_thresholds(params: Mapping[str, str], default: Thresholds) -> Thresholds:
-    """Thresholds from `t_itm` and `t_itc`, a number or `off`; the run's own where not given.
-
-    For synthetic texts `t_synthetic_itm` and `t_synthetic_itc`; where they are not given, the run's
-    own if it has some for them, else the same.
-
-    Raises:
-        InputError: neither a number nor `off`.
-    """
-    given: dict[str, float | None] = {}
-    for name in TRIED:
-        if params.get(name):
-            given[name] = None if params[name] == "off" else _number(params, name)
-    web = given.get("t_itm", default.itm), given.get("t_itc", default.itc)
-    before = default.synthetic or web
-    own = given.get("t_synthetic_itm", before[0]), given.get("t_synthetic_itc", before[1])
-    return Thresholds(*web, own if own != web else None, default.as_run and not given)
-
-
-def _one_of(params: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
-    value = params[name]
-    if value not in allowed:
-        raise InputError(f"{name} is {value[:80]!r}, expected one of {', '.join(allowed)}")
-    return value
-
-
-def _number(params: Mapping[str, str], name: str) -> float:
-    try:
-        value = float(params[name])
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{name} is {params[name][:80]!r}, expected a number")
-    return value
-
-
-def _whole(params: Mapping[str, str], name: str, low: int, high: int) -> int:
-    value = params[name]
-    if not re.fullmatch(r"[0-9]{1,10}", value) or not low <= int(value) <= high:
-        raise InputError(f"{name} is {value[:80]!r}, expected a whole number from {low} to {high}")
-    return int(value)
-
-
-def _cursor(params: Mapping[str, str], name: str) -> tuple[float, int]:
-    value, _, row = params[name].partition("~")
-    try:
-        return float(value), int(row)
-    except ValueError:
-        raise InputError(f"{name} is {params[name][:80]!r}, expected a cursor of a page") from None
 
 
 @dataclass(frozen=True)
@@ -248,8 +84,8 @@ class Run:
     shards: list[str]
     labels: LabelStore
     version: str
+    _pictures: Pictures
     _thumbnails: "OrderedDict[str, bytes]" = field(default_factory=OrderedDict)
-    _groups: "OrderedDict[tuple[str, int], pa.Array]" = field(default_factory=OrderedDict)
     _matchers: dict[str, str | None] = field(default_factory=dict)
     _cached: dict[Any, Any] = field(default_factory=dict)
     _kept: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -351,7 +187,7 @@ class Run:
             similar_is_picture: `similar` names pictures, not rows.
         """
         self.refresh_labels()
-        where, params = _conditions(query, thresholds, reviewer, self.shards)
+        where, params = conditions(query, thresholds, reviewer, self.shards)
         source = "run.pairs p"
         if similar is not None:
             column = "picture" if similar_is_picture else "row"
@@ -366,7 +202,7 @@ class Run:
         expression = ORDERS[query.order]
         order_params = dict(params)
         if query.order == "threshold" and thresholds.as_run and self._promise():
-            expression, limits = _distance_to_calibrated(self._promise())
+            expression, limits = distance_to_calibrated(self._promise())
             order_params |= limits
         if "$threshold" in expression:
             for name, kind in (("threshold", "web"), ("threshold_synthetic", "synthetic")):
@@ -514,7 +350,7 @@ class Run:
     def row_of(self, pair_id: str) -> int | None:
         """The row of a pair, or None."""
         # text statistics prune little; the shard's number, in the order of the rows, prunes well
-        shard = _shard_number(pair_id, self.shards)
+        shard = shard_number(pair_id, self.shards)
         narrow = "" if shard is None else f"shard = {int(shard)} AND "
         found = self._rows(
             f"SELECT row FROM run.pairs WHERE {narrow}pair_id = $pair_id", {"pair_id": pair_id}
@@ -579,7 +415,7 @@ class Run:
         are its own; human pairs, which are kept unseen, weigh nothing.
         """
         self.refresh_labels()
-        would, params = _would_keep(thresholds)
+        would, params = would_keep(thresholds)
         rows = self._rows(
             f"""
             SELECT source, count(*) AS pairs,
@@ -617,11 +453,11 @@ class Run:
         for name in [each for each in SOURCES if each in sources]:
             result["sources"][name] = {key: sources[name][key] for key in numbers}
             mine = [row for row in labelled if row["source"] == name]
-            result["sources"][name]["precision"] = _precision(mine)
+            result["sources"][name]["precision"] = precision_of(mine)
         result["all"] = {key: sum(row[key] for row in rows) for key in numbers}
         judged = [row for row in labelled if row["source"] != "human"]
         parts = {name: part for name, part in result["sources"].items() if name != "human"}
-        result["all"]["precision"] = {"any": _precision(judged)["any"], "random": _pooled(parts)}
+        result["all"]["precision"] = {"any": precision_of(judged)["any"], "random": pooled(parts)}
         return result
 
     # -- pictures -----------------------------------------------------------------------------
@@ -649,7 +485,7 @@ class Run:
 
     def picture_bytes(self, key: str) -> bytes | None:
         """The stored bytes of a picture, or None."""
-        shard = _shard_number(key, self.shards)
+        shard = shard_number(key, self.shards)
         narrow = "" if shard is None else f"shard = {int(shard)} AND "
         found = self._rows(
             f"SELECT shard, position FROM run.pictures WHERE {narrow}key = $key AND has_image",
@@ -657,41 +493,7 @@ class Run:
         )
         if not found:
             return None
-        return self._read_picture(self.shards[found[0]["shard"]], found[0]["position"])
-
-    def _read_picture(self, shard: str, position: int) -> bytes | None:
-        """One cell of `images/`: reads its row group, or only up to it where groups are large."""
-        with fsspec.open(self.run.table("images", shard), "rb") as file:
-            table = pq.ParquetFile(file, pre_buffer=False)
-            group, start = 0, 0
-            while position >= start + table.metadata.row_group(group).num_rows:
-                start += table.metadata.row_group(group).num_rows
-                group += 1
-            key = (shard, group)
-            with self._lock:
-                cells = self._groups.get(key)
-                if cells is not None:
-                    self._groups.move_to_end(key)
-            if cells is None:
-                index = table.schema_arrow.get_field_index("image")
-                column = _column_of(table.metadata.row_group(group), "image")
-                if index >= 0 and column.total_uncompressed_size > 32 << 20:
-                    skip = position - start
-                    for batch in table.iter_batches(
-                        batch_size=64, row_groups=[group], columns=["image"], use_threads=False
-                    ):
-                        if skip < batch.num_rows:
-                            value: bytes | None = batch.column(0)[skip].as_py()
-                            return value
-                        skip -= batch.num_rows
-                    return None
-                cells = table.read_row_group(group, columns=["image"], use_threads=False)["image"]
-                with self._lock:
-                    self._groups[key] = cells
-                    while sum(each.nbytes for each in self._groups.values()) > 192 << 20:
-                        self._groups.popitem(last=False)
-            value = cells[position - start].as_py()
-            return value
+        return self._pictures.read(self.shards[found[0]["shard"]], found[0]["position"])
 
     # -- labels -------------------------------------------------------------------------------
 
@@ -731,7 +533,7 @@ class Run:
         """The row of each label: its position if the content is the same, else where it is now."""
         rows: dict[Label, int] = {}
         if len(labels) == 1:
-            shard = _shard_number(labels[0].pair_id, self.shards)
+            shard = shard_number(labels[0].pair_id, self.shards)
             narrow = "" if shard is None else f"shard = {int(shard)} AND "
         else:
             narrow = ""
@@ -793,209 +595,8 @@ class Run:
         return self._matchers[shard]
 
 
-def _column_of(group: Any, name: str) -> Any:
-    for index in range(group.num_columns):
-        if group.column(index).path_in_schema == name:
-            return group.column(index)
-    raise InputError(f"images/ has no column {name!r}")
-
-
 def _cursor_text(row: Mapping[str, Any]) -> str:
     return f"{row['value']!r}~{row['row']}"
-
-
-def _shard_number(name: str, shards: Sequence[str]) -> int | None:
-    """The number of the shard that a key or pair id names, where it names one."""
-    shard = name.split("/", 1)[0].rpartition("-")[0]
-    low, high = 0, len(shards)
-    while low < high:
-        middle = (low + high) // 2
-        if shards[middle] < shard:
-            low = middle + 1
-        else:
-            high = middle
-    return low if low < len(shards) and shards[low] == shard else None
-
-
-def _would_keep(thresholds: Thresholds) -> tuple[str, dict[str, float]]:
-    """SQL for "these thresholds keep the pair", as the stage `filter` decides."""
-    params: dict[str, float] = {}
-    if thresholds.as_run:
-        return "coalesce(p.keep, false)", params
-    cases = ["WHEN 'human' THEN true"]
-    for source, limits in thresholds.by_source().items():
-        judged = []
-        for name, value in limits.items():
-            if value is not None:
-                judged.append(f"coalesce(p.{name}::DOUBLE >= $t_{source}_{name}, false)")
-                params[f"t_{source}_{name}"] = value
-        cases.append(f"WHEN '{source}' THEN {' AND '.join(judged) or 'true'}")
-    return f"(p.eligible AND CASE p.source {' '.join(cases)} END)", params
-
-
-def _distance_to_calibrated(promise: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-    """SQL for how far a pair is from its source's calibrated threshold, in the calibrated score."""
-    limits, cases = {}, []
-    for source in SOURCES:
-        threshold = ((promise.get("sources") or {}).get(source) or {}).get("threshold")
-        if threshold is not None:
-            cases.append(f"WHEN '{source}' THEN $calibrated_{source}")
-            limits[f"calibrated_{source}"] = float(threshold)
-    if not cases:
-        return "NULL", {}
-    clipped = "least(greatest(p.itm::DOUBLE, 1e-6), 1 - 1e-6)"
-    logit = f"ln({clipped} / (1 - {clipped}))"
-    score = {"itm": logit, "itc": "p.itc::DOUBLE"}.get(promise["score"])
-    if score is None:
-        score = f"($weight_itm * {logit} + $weight_itc * p.itc::DOUBLE)"
-        weights = (float(each) for each in promise["weights"])
-        limits |= dict(zip(("weight_itm", "weight_itc"), weights, strict=True))
-    return f"abs({score} - CASE p.source {' '.join(cases)} END)", limits
-
-
-def _conditions(
-    query: Query, thresholds: Thresholds, reviewer: str, shards: Sequence[str]
-) -> tuple[str, dict[str, Any]]:
-    """The filters as SQL with bound parameters."""
-    parts: list[str] = []
-    params: dict[str, Any] = {}
-    if query.keep is not None:
-        parts.append("coalesce(p.keep, false) = $keep")
-        params["keep"] = query.keep
-    for name in ("reason", "source"):
-        if getattr(query, name) is not None:
-            parts.append(f"p.{name} = ${name}")
-            params[name] = getattr(query, name)
-    for score in ("itm", "itc"):
-        for end, comparison in (("min", ">="), ("max", "<=")):
-            value = getattr(query, f"{score}_{end}")
-            if value is not None:
-                parts.append(f"p.{score}::DOUBLE {comparison} ${score}_{end}")
-                params[f"{score}_{end}"] = value
-    for number, word in enumerate((query.words or "").lower().split()[:20]):
-        parts.append(f"contains(p.words, $word{number})")
-        params[f"word{number}"] = word
-    if query.shard is not None:
-        parts.append("p.shard = $shard")
-        params["shard"] = next(
-            (number for number, name in enumerate(shards) if name == query.shard), -1
-        )
-    if query.key is not None:
-        parts.append("starts_with(p.pair_id, $key)")
-        params["key"] = query.key
-        shard = _shard_number(query.key, shards)
-        if shard is not None:
-            parts.append(f"p.shard = {int(shard)}")
-    if query.changes is not None:
-        would, would_params = _would_keep(thresholds)
-        params |= would_params
-        joins = f"({would} AND NOT coalesce(p.keep, false))"
-        leaves = f"(NOT {would} AND coalesce(p.keep, false))"
-        sides = {"joins": joins, "leaves": leaves, "any": f"({joins} OR {leaves})"}
-        parts.append(sides[query.changes])
-    if query.review in ("todo", "mine"):
-        negated = "NOT " if query.review == "todo" else ""
-        parts.append(f"p.row {negated}IN (SELECT row FROM verdicts WHERE reviewer = $reviewer)")
-        params["reviewer"] = reviewer
-    elif query.review == "labelled":
-        parts.append("p.row IN (SELECT row FROM verdicts)")
-    elif query.review == "disputed":
-        parts.append(
-            "p.row IN (SELECT row FROM verdicts GROUP BY row HAVING count(DISTINCT verdict) > 1)"
-        )
-    elif query.review is not None:
-        parts.append("p.row IN (SELECT row FROM verdicts WHERE verdict = $verdict)")
-        params["verdict"] = query.review
-    return " AND ".join(parts) or "true", params
-
-
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (Wilson 1927), in 0..1."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def _precision(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The share of right pairs among labelled ones that would be kept."""
-    rows = list(rows)
-    result = {}
-    for name, chosen in (("random", [row for row in rows if row["at_random"]]), ("any", rows)):
-        right = sum(row["is_right"] for row in chosen)
-        judged = right + sum(row["is_wrong"] for row in chosen)
-        low, high = wilson(right, judged)
-        result[name] = {
-            "labels": judged,
-            "unsure": sum(row["pairs"] for row in chosen) - judged,
-            "precision": right / judged if judged else None,
-            "low": low,
-            "high": high,
-        }
-    return result
-
-
-def _pooled(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The precision over sources, by random labels; each weighs as many pairs as it would keep.
-
-    The interval is put together from those of the sources (MOVER; Zou and Donner, 2008).
-
-    Returns:
-        As `_precision` gives it for `random`, and the `sources` that have such labels: it is about
-        these alone.
-    """
-    found = {
-        name: part
-        for name, part in sources.items()
-        if part["precision"]["random"]["labels"] and part["would_keep"]
-    }
-    total = sum(part["would_keep"] for part in found.values())
-    shares = [part["would_keep"] / total for part in found.values()]
-    parts = [part["precision"]["random"] for part in found.values()]
-    counts = {name: sum(part[name] for part in parts) for name in ("labels", "unsure")}
-    if not parts:
-        return {**counts, "precision": None, "low": 0.0, "high": 1.0, "sources": []}
-    precision = math.fsum(w * part["precision"] for w, part in zip(shares, parts, strict=True))
-    below, above = (
-        math.hypot(
-            *(w * (part[end] - part["precision"]) for w, part in zip(shares, parts, strict=True))
-        )
-        for end in ("low", "high")
-    )
-    return {
-        **counts,
-        "precision": precision,
-        "low": max(0.0, precision - below),
-        "high": min(1.0, precision + above),
-        "sources": list(found),
-    }
-
-
-def shrink(data: bytes, side_px: int) -> bytes | None:
-    """A picture made small and encoded anew, so that nothing of the original bytes is served.
-
-    Returns:
-        JPEG bytes, or None where `data` is not a picture or too large to decode.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            if picture.width * picture.height > LARGEST_AREA_PX:
-                return None
-            picture.draft("RGB", (side_px, side_px))
-            small = ImageOps.exif_transpose(picture)
-            small.thumbnail((side_px, side_px))
-            if small.mode in ("RGBA", "LA", "P"):
-                layer = small.convert("RGBA")
-                small = Image.new("RGB", layer.size, "white")
-                small.paste(layer, mask=layer.getchannel("A"))
-            out = io.BytesIO()
-            small.convert("RGB").save(out, "JPEG", quality=82)
-            return out.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, TypeError, KeyError):
-        return None
 
 
 def open_run(run_dir: str, *, may_write: bool = True) -> Run:
@@ -1042,7 +643,7 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
     except InputError:
         folder = os.path.join(tempfile.mkdtemp(prefix="capfilt-labels-"), "labels")
         log.warning("%s is remote: labels of this review go to %s", run_dir, folder)
-    opened = Run(run, connection, shards, LabelStore(folder), version)
+    opened = Run(run, connection, shards, LabelStore(folder), version, Pictures(run))
     opened.refresh_labels()
     return opened
 

@@ -13,8 +13,9 @@ from fabricated import add_embeddings, calibrate, jpeg, make_run
 
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
 from capfilt.inspect import index, queries, tables
+from capfilt.inspect.filters import ORDERS, Query, _cursor, parse_query, parse_thresholds
 from capfilt.inspect.labels import Label, utc_now
-from capfilt.inspect.queries import Query, Run, parse_query, parse_thresholds
+from capfilt.inspect.queries import Run
 from capfilt.inspect.search import open_embeddings
 from capfilt.inspect.thresholds import Thresholds, decided_thresholds
 from capfilt.shards import RunDir, Shard
@@ -44,7 +45,7 @@ def everything(run: Run, query: Query, thresholds: Thresholds = HALF) -> list[di
         if page.next is None:
             assert len(found) == page.total
             return found
-        query = replace(query, after=queries._cursor({"after": page.next}, "after"))
+        query = replace(query, after=_cursor({"after": page.next}, "after"))
 
 
 def scores(folder: Path) -> dict[str, dict]:
@@ -63,7 +64,7 @@ def test_every_pair_is_there_once_in_the_order_of_the_run(run: Run, folder: Path
     assert found == sorted(scores(folder))
 
 
-@pytest.mark.parametrize("order", sorted(set(queries.ORDERS) - {"similar"}))
+@pytest.mark.parametrize("order", sorted(set(ORDERS) - {"similar"}))
 @pytest.mark.parametrize("descending", [False, True])
 def test_pages_forward_and_back_are_the_same_in_every_order(
     run: Run, order: str, descending: bool
@@ -71,7 +72,7 @@ def test_pages_forward_and_back_are_the_same_in_every_order(
     query = Query(order=order, descending=descending, limit=11, seed=5)
     pages = [run.page(query, HALF, "ann")]
     while pages[-1].next:
-        cursor = queries._cursor({"after": pages[-1].next}, "after")
+        cursor = _cursor({"after": pages[-1].next}, "after")
         pages.append(run.page(replace(query, after=cursor), HALF, "ann"))
     names = [pair["pair_id"] for page in pages for pair in page.pairs]
     assert len(set(names)) == len(names) == pages[0].total
@@ -79,7 +80,7 @@ def test_pages_forward_and_back_are_the_same_in_every_order(
     back = pages[-1]
     for expected in reversed(pages[:-1]):
         assert back.previous is not None
-        cursor = queries._cursor({"before": back.previous}, "before")
+        cursor = _cursor({"before": back.previous}, "before")
         back = run.page(replace(query, before=cursor), HALF, "ann")
         assert back.pairs == expected.pairs
         assert back.next == expected.next
@@ -145,45 +146,6 @@ def test_filters_combine(run: Run, folder: Path) -> None:
     assert [pair["pair_id"][-10:] for pair in one] == ["synthetic0", "0003/text0"]
     assert everything(run, parse_query({"shard": "../../etc"})) == []
     assert everything(run, parse_query({"words": "%' OR 1=1 --"})) == []
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"keep": "maybe"},
-        {"source": "web' OR 1=1"},
-        {"order": "row; DROP TABLE run.pairs"},
-        {"itm_min": "nan"},
-        {"limit": "100000"},
-        {"limit": "-1"},
-        {"seed": "x"},
-        {"after": "x"},
-        {"review": "x"},
-        {"changes": "x"},
-    ],
-)
-def test_a_wrong_parameter_is_named(params: dict[str, str]) -> None:
-    with pytest.raises(InputError, match=next(iter(params))):
-        parse_query(params)
-
-
-def test_thresholds_of_synthetic_texts_are_those_of_web_texts_unless_said() -> None:
-    """In a `filter` section, in the page's URL, and in a run that decided with its own."""
-    assert decided_thresholds({"itm_threshold": 0.5}) == Thresholds(0.5)
-    own = decided_thresholds({"itm_threshold": 0.5, "synthetic_itm_threshold": 0.8})
-    assert own == Thresholds(0.5, None, (0.8, None))
-    assert own.of("synthetic") == {"itm": 0.8, "itc": None} and own.of("web")["itm"] == 0.5
-    assert (
-        decided_thresholds({"itm_threshold": 0.5, "synthetic_itm_threshold": 0.5}).synthetic is None
-    )
-    assert parse_thresholds({"t_itm": "0.6"}, HALF) == Thresholds(0.6)
-    assert parse_thresholds({"t_itm": "0.6"}, own) == Thresholds(0.6, None, (0.8, None))
-    assert parse_thresholds({"t_synthetic_itm": "0.5"}, own) == HALF
-    tried = parse_thresholds({"t_itm": "off", "t_synthetic_itc": "0.2"}, HALF)
-    assert tried == Thresholds(None, None, (None, 0.2))
-    assert not parse_thresholds({"t_synthetic_itm": "off"}, replace(HALF, as_run=True)).as_run
-    with pytest.raises(InputError, match="t_synthetic_itc is 'high', expected a number"):
-        parse_thresholds({"t_synthetic_itc": "high"}, HALF)
 
 
 def test_a_card_holds_the_other_texts_of_its_picture(run: Run) -> None:
@@ -289,8 +251,8 @@ def test_a_picture_costs_one_row_group(tmp_path: Path) -> None:
     for row in (0, 9, 10, 28):
         found = opened.picture_bytes(f"web-00000-{row:05d}")
         assert found == (None if row % 10 == 9 else jpeg(row))
-    assert sorted(opened._groups) == [("web-00000", 0), ("web-00000", 1), ("web-00000", 2)]
-    assert {len(cells) for cells in opened._groups.values()} == {10}
+    assert sorted(opened._pictures.groups) == [("web-00000", 0), ("web-00000", 1), ("web-00000", 2)]
+    assert {len(cells) for cells in opened._pictures.groups.values()} == {10}
     # the report reads the groups alone that hold a picture that it shows
     keys = {"web-00000-00003", "web-00000-00021"}
     rows = tables.read_pictures(where, "web-00000", keys, ["image"])
@@ -308,10 +270,10 @@ def test_large_row_groups_are_read_up_to_the_picture(
         total_uncompressed_size = 1 << 40
 
     expected = run.picture_bytes("web-00000-00028")
-    run._groups.clear()
+    run._pictures.groups.clear()
     monkeypatch.setattr(queries, "_column_of", lambda group, name: Column())
     assert run.picture_bytes("web-00000-00028") == expected
-    assert not run._groups
+    assert not run._pictures.groups
 
 
 def test_duckdb_opens_no_file_once_the_run_is_open(run: Run) -> None:
@@ -426,42 +388,6 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     disputed = everything(opened, Query(review="disputed"))
     assert [pair["pair_id"] for pair in disputed] == [pairs[20]["pair_id"]]
     opened.close()
-
-
-def test_the_pooled_precision_weighs_sources_by_what_they_keep() -> None:
-    def part(would_keep: int, right: int, judged: int) -> dict[str, Any]:
-        row = {"at_random": True, "is_right": right, "is_wrong": judged - right, "pairs": judged}
-        return {"would_keep": would_keep, "precision": queries._precision([row])}
-
-    # nine in ten labels are of web texts, and nine in ten kept texts are synthetic
-    found = queries._pooled({"web": part(100, 90, 90), "synthetic": part(900, 5, 10)})
-    assert found["precision"] == pytest.approx(0.1 * 1.0 + 0.9 * 0.5)
-    assert found["labels"] == 100 and found["sources"] == ["web", "synthetic"]
-    low, high = queries.wilson(5, 10)
-    assert found["low"] == pytest.approx(0.55 - 0.9 * (0.5 - low), abs=2e-3)
-    assert found["high"] == pytest.approx(0.55 + 0.9 * (high - 0.5), abs=2e-3)
-    # one source alone has Wilson's own interval, and a source without labels is not spoken for
-    alone = queries._pooled({"web": part(100, 8, 10), "synthetic": part(900, 0, 0)})
-    assert (alone["low"], alone["high"]) == pytest.approx(queries.wilson(8, 10))
-    assert alone["sources"] == ["web"]
-    nothing = queries._pooled({"web": part(0, 8, 10)})
-    assert nothing["precision"] is None and (nothing["low"], nothing["high"]) == (0.0, 1.0)
-
-
-def test_only_an_unfiltered_random_order_counts_as_random() -> None:
-    assert parse_query({"order": "random"}).sampling == "random"
-    assert parse_query({"order": "random", "review": "todo", "source": "web"}).sampling == "random"
-    assert parse_query({"order": "random", "itm_min": "0.5"}).sampling == "browse"
-    assert parse_query({"order": "random", "words": "dog"}).sampling == "browse"
-    assert parse_query({"order": "random", "review": "wrong"}).sampling == "browse"
-    assert parse_query({"order": "threshold"}).sampling == "threshold"
-    assert parse_query({}).sampling == "browse"
-
-
-def test_wilson_at_the_ends() -> None:
-    assert queries.wilson(0, 0) == (0.0, 1.0)
-    assert queries.wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
-    assert queries.wilson(10, 10)[1] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("as_binary", [False, True])
