@@ -12,7 +12,7 @@ import pytest
 from fabricated import add_embeddings, calibrate, jpeg, make_run
 
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
-from capfilt.inspect import index, queries, tables
+from capfilt.inspect import index, pictures, queries, tables
 from capfilt.inspect.filters import ORDERS, Query, _cursor, parse_query, parse_thresholds
 from capfilt.inspect.labels import Label, utc_now
 from capfilt.inspect.queries import Run
@@ -271,7 +271,7 @@ def test_large_row_groups_are_read_up_to_the_picture(
 
     expected = run.picture_bytes("web-00000-00028")
     run._pictures.groups.clear()
-    monkeypatch.setattr(queries, "_column_of", lambda group, name: Column())
+    monkeypatch.setattr(pictures, "_column_of", lambda group, name: Column())
     assert run.picture_bytes("web-00000-00028") == expected
     assert not run._pictures.groups
 
