@@ -17,14 +17,13 @@ import pyarrow as pa
 from capfilt import manifest
 from capfilt.config import Config
 from capfilt.errors import InputError, UsageError
-from capfilt.evaluation.calibration import (
+from capfilt.evaluation.calibration import Calibration, write_calibration
+from capfilt.evaluation.calibration_fit import (
     FEWEST,
-    Calibration,
     Examples,
     Pool,
     calibrate,
     check_examples,
-    write_calibration,
 )
 from capfilt.inspect.calibration_page import calibration_page
 from capfilt.inspect.labels import Label, read_labels, verdicts_of

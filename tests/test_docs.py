@@ -28,7 +28,7 @@ TESTED = {
     "pip install capfilt": "as `pip install -e .`",
     "capfilt inspect runs/quickstart": "inspect/test_browser.py and test_cli.py (it serves until ^C)",
     "capfilt calibrate pipelines/quickstart.yaml --target precision=0.95": (
-        "evaluation/test_calibration.py (it needs labels)"
+        "test_calibrate.py (it needs labels)"
     ),
     "capfilt run pipelines/quickstart.yaml --set filter.calibration=runs/quickstart/calibration.json": (
         "stages/test_decide.py (it needs the file that calibrate writes)"

@@ -1,0 +1,180 @@
+"""Calibration: probabilities that come true, thresholds that keep their word, clear refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_up_scores import MATCHER, fit, made_up, reviewed, web
+
+from capfilt.errors import UsageError
+from capfilt.evaluation import calibration as cal
+from capfilt.evaluation import calibration_fit as cfit
+from capfilt.evaluation import calibration_report as told
+
+
+@pytest.mark.parametrize("share", [0.25, 0.45, 0.8])
+@pytest.mark.parametrize("target", [0.9, 0.95])
+def test_made_up_pairs_find_the_mix_and_keep_the_precision(share, target):
+    pool, match = web(6000, share)
+    found = fit(made_up(), pool, target)
+    part = found.report["sources"]["web"]
+    assert abs(part["match_share"] - share) < 0.06
+    keep = found.keeps(pool.itm, pool.itc, "web")
+    assert abs(match[keep].mean() - target) < 0.035
+    assert abs(part["recall"] - keep[match].mean()) < 0.1
+    assert part["precision"] >= target
+
+
+def test_the_share_of_matches_matters():
+    """The same examples on a worse web give a higher threshold."""
+    good, bad = (fit(made_up(), web(4000, share)[0], score="itm") for share in (0.8, 0.25))
+    assert good.sources["web"].threshold < bad.sources["web"].threshold
+
+
+@pytest.mark.parametrize("near_threshold", [False, True])
+def test_labels_keep_the_precision_however_they_were_picked(near_threshold):
+    pool, match = web(8000, 0.45)
+    random = np.random.default_rng(3)
+    chance = np.exp(-np.abs(pool.itm - 0.5) * 3) if near_threshold else np.ones(len(match))
+    precisions = []
+    for _ in range(4):
+        rows = random.choice(len(match), 400, False, chance / chance.sum())
+        found = fit(reviewed(pool, match, rows), pool, 0.9)
+        precisions.append(match[found.keeps(pool.itm, pool.itc, "web")].mean())
+    assert abs(np.mean(precisions) - 0.9) < 0.03
+    assert found.report["labels"] == "reviewed"
+
+
+def test_an_image_is_never_on_both_sides_of_a_split():
+    images = made_up().image
+    folds = cfit.fold_of(images, 0)
+    assert len({(image, fold) for image, fold in zip(images, folds, strict=True)}) == len(
+        set(images)
+    )
+    assert np.bincount(folds).min() > 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.floats(0, 1)), min_size=1, max_size=30), st.floats(0.01, 0.99))  # fmt: skip
+def test_the_threshold_is_the_lowest_that_reaches_the_target(pairs, target):
+    scores = np.array([score for score, _ in pairs])
+    probability = np.array([p for _, p in pairs])
+    threshold, best = cfit.pick_threshold(scores, probability, target)
+    means = {t: probability[scores >= t].mean() for t in set(scores.tolist())}
+    assert best == pytest.approx(max(means.values()))
+    fitting = [t for t, mean in means.items() if mean >= target + 1e-9]
+    if fitting:
+        assert threshold is not None and threshold <= min(fitting)
+    if threshold is not None:
+        assert means[threshold] >= target - 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(sorted(cfit.METHODS)))
+def test_more_score_is_never_less_probability(seed, method):
+    random = np.random.default_rng(seed)
+    scores = random.normal(size=60)
+    match = random.random(60) < 0.5
+    match[:2] = [True, False]
+    curve = cfit.METHODS[method](scores, match, random.random(60) + 0.01)
+    values = curve(np.linspace(-5, 5, 200))
+    assert (np.diff(values) >= -1e-12).all() and (values >= 0).all() and (values <= 1).all()
+
+
+def test_clear_errors():
+    pool, match = web(2000, 0.5)
+    some = np.arange(300)
+    with pytest.raises(UsageError, match="too few"):
+        fit(reviewed(pool, match, some[:15]), pool)
+    with pytest.raises(UsageError, match="are right: a calibration needs both"):
+        fit(reviewed(pool, np.ones(2000, bool), some), pool)
+    with pytest.raises(UsageError, match="not between 0 and 1"):
+        fit(reviewed(pool, match, some), pool, 1.0)
+    with pytest.raises(UsageError, match="none of itm"):
+        fit(reviewed(pool, match, some), pool, score="sum")
+    noise = np.random.default_rng(0).random(2000) < 0.3
+    with pytest.raises(UsageError, match=r"no threshold reaches precision 0\.99"):
+        fit(reviewed(pool, noise, some), pool, 0.99, score="itm")
+
+
+def test_what_is_out_of_reach_says_how_far_it_is():
+    pool, match = web(4000, 0.5)
+    wrong = np.random.default_rng(5).random(4000) < 0.25  # a fourth of the best are wrong too
+    rows = np.random.default_rng(6).choice(4000, 600, False)
+    with pytest.raises(UsageError) as error:
+        fit(reviewed(pool, match & ~wrong, rows), pool, 0.97, score="itm")
+    said = str(error.value)
+    assert "no threshold reaches precision 0.97" in said and "web texts 0." in said
+    best = float(said.split("web texts ")[1].split(" ")[0])
+    assert 0.7 < best < 0.97 and "% of the right ones" in said and "review more pairs" in said
+    lower = float(said.split("--target precision=")[1].split(")")[0])
+    assert lower <= best
+    assert fit(reviewed(pool, match & ~wrong, rows), pool, lower - 0.05, score="itm")
+
+
+def test_a_curve_that_ends_in_a_few_lucky_labels_reaches_nothing():
+    """Isotonic regression says 1.0 at the top where the top ten happen to be right."""
+    scores = np.linspace(0.01, 0.99, 400)
+    pool = cfit.Pool(scores, scores, 400)
+    match = np.random.default_rng(0).random(400) < 0.5
+    match[-10:] = True
+    match[-40:-10:2] = False
+    examples = reviewed(pool, match, np.arange(400))
+    with pytest.raises(UsageError, match=r"no threshold reaches precision 0\.95"):
+        fit(examples, pool, 0.95, score="itc")
+
+
+def test_few_labels_above_the_threshold_are_no_promise():
+    pool, match = web(6000, 0.5)
+    some = np.random.default_rng(1).choice(6000, 60, False)
+    part = fit(reviewed(pool, match, some), pool, 0.9, resamples=60).report["sources"]["web"]
+    assert part["kept_labels"] < told.labels_to_show(0.9) == 35 and told.labels_to_show(0.95) == 73
+    assert any("few labels lie above the threshold" in each for each in part["warnings"])
+    many = np.random.default_rng(1).choice(6000, 5000, False)
+    found = fit(reviewed(pool, match, many), pool, 0.9, resamples=60)
+    assert found.report["warnings"] == [] == found.report["sources"]["web"]["warnings"]
+    checked = found.report["sources"]["web"]["held_out"]
+    assert abs(checked["precision"] - 0.9) < 0.03 and checked["labels"] > 1000
+    assert abs(checked["recall"] - found.report["sources"]["web"]["recall"]) < 0.05
+
+
+def test_a_source_that_cannot_be_had_is_said_and_the_other_is_kept():
+    pool, match = web(4000, 0.5)
+    other, _ = web(4000, 0.5, seed=9)
+    noise = np.random.default_rng(3).random(4000) < 0.4
+    rows = np.random.default_rng(2).choice(4000, 1500, False)
+    found = cfit.calibrate(
+        {"web": reviewed(pool, match, rows), "synthetic": reviewed(other, noise, rows)},
+        {"web": pool, "synthetic": other}, target=0.9, matcher=MATCHER, score="itm", resamples=0,
+    )  # fmt: skip
+    assert found.sources["synthetic"].threshold is None
+    assert found.sources["web"].threshold is not None
+    assert [each for each in found.report["warnings"] if "none of them are kept" in each] == [
+        f"synthetic texts: {found.report['sources']['synthetic']['warnings'][0]}"
+    ]
+    assert not found.keeps(other.itm, other.itc, "synthetic").any()
+    cited = cal.promise(found)
+    assert cited["warnings"] == found.report["warnings"] and cited["target"] == 0.9
+    json.dumps(cited, allow_nan=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.booleans(), st.floats(0.1, 2)), min_size=1, max_size=30), st.integers(1, 8))  # fmt: skip
+def test_the_best_that_can_be_reached(rows, fewest):
+    scores, match, weights = (np.array(column) for column in zip(*rows, strict=True))
+    precision, recall = cfit.best_reachable(scores, match, weights, fewest)
+    allowed = {}
+    for threshold in set(scores.tolist()):
+        kept = scores >= threshold
+        if kept.sum() >= min(fewest, len(rows)):
+            right = weights[kept & match].sum()
+            allowed[threshold] = (
+                right / weights[kept].sum(),
+                right / max(weights[match].sum(), 1e-12),
+            )
+    assert precision == pytest.approx(max(each[0] for each in allowed.values()))
+    assert any(
+        (precision, recall) == (pytest.approx(p), pytest.approx(r)) for p, r in allowed.values()
+    )
