@@ -178,3 +178,26 @@ def test_the_best_that_can_be_reached(rows, fewest):
     assert any(
         (precision, recall) == (pytest.approx(p), pytest.approx(r)) for p, r in allowed.values()
     )
+
+
+@pytest.mark.parametrize(("spread", "centre"), [(3.0, -6.0), (4.0, -4.0)])
+def test_mismatches_that_score_like_matches_are_not_promised_away(spread, centre):
+    """One wrong word: such texts are at the top too, and precision hardly rises there."""
+    random, count = np.random.default_rng(3), 20_000
+    kinds = random.choice(["match", "alike", "random"], count, p=[0.46, 0.05, 0.49])
+    scores = random.normal(
+        np.select([kinds == "match", kinds == "alike"], [3.0, 2.5], centre),
+        np.where(kinds == "random", spread, 1.4),
+    )
+    match = kinds == "match"
+    curve = cfit.fit_platt(scores, match, np.full(count, 1 / count))
+    promised = curve(scores)
+    assert (np.diff(curve(np.linspace(-20, 12, 500))) >= 0).all()
+    for threshold in (1.0, 2.0, 3.0, 4.0):
+        kept = scores >= threshold
+        assert promised[kept].mean() == pytest.approx(match[kept].mean(), abs=0.015)
+    # one logistic curve over all scores would promise more than is there
+    assert (
+        cfit._logistic(scores, match, np.ones(count))(scores)[kept].mean()
+        > 0.03 + match[kept].mean()
+    )
