@@ -260,12 +260,13 @@ class WordDetectors(nn.Module):
     def part(self, pooled: Tensor, generator: torch.Generator) -> None:
         """Draws the direction along which pictures are parted, from those at hand, `[N, I]`."""
         direction = torch.randn(len(self.divide), generator=generator).to(pooled)
-        spread = (pooled @ direction).std(correction=0).clamp(min=1e-6)
+        spread = (pooled * direction).sum(1).std(correction=0).clamp(min=1e-6)
         self.divide.copy_(direction * FOLD_CELLS / spread)
 
     def fold(self, pooled: Tensor) -> Tensor:
         """The net that was not taught with a picture: pooled images `[N, I]` to int64 `[N]`."""
-        return (pooled.float() @ self.divide).floor().long() % FOLDS
+        # no matrix product: that would be rounded under autocast, and cells are narrow
+        return (pooled.float() * self.divide).sum(1).floor().long() % FOLDS
 
     def by_net(self, pooled: Tensor) -> Tensor:
         """What each net says, log-odds: pooled images `[N, I]` to `[FOLDS, N, W]`."""

@@ -66,6 +66,8 @@ def test_the_blind_detector_has_not_read_the_pictures_own_text(monkeypatch) -> N
     unseen = start_itm._learn_words(detectors, tokenizer, ids, pooled, np.ones(200), 0)
     fold = detectors.fold(pooled.images)
     assert fold.bincount(minlength=5).min() > 15
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(detectors.fold(pooled.images), fold)
     # nearly the same picture is in another fold as often as not
     assert (detectors.fold(pooled.images * 1.1) == fold).float().mean() < 0.6
     said = detectors.by_net(pooled.images)
