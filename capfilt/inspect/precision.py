@@ -4,15 +4,17 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from capfilt.evaluation.calibration_report import Z
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion (Wilson 1927), in 0..1."""
     if trials == 0:
         return 0.0, 1.0
     share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
+    centre = share + Z * Z / (2 * trials)
+    spread = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))
+    scale = 1 + Z * Z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
