@@ -352,9 +352,9 @@ def check(
     """
     _logging(verbose)
     loaded = _load(config, overrides)
-    from capfilt import pipeline
+    from capfilt.check import check
 
-    lines = pipeline.check(loaded)
+    lines = check(loaded)
     if as_json:
         print(json.dumps({"config": str(config), "found": lines}, indent=1))
         return
@@ -407,9 +407,10 @@ def calibrate(
     if name.strip() != "precision" or not 0 < wanted < 1:
         raise UsageError(f"--target {target!r}: expected precision=P with P between 0 and 1")
     loaded = _load(config, overrides)
-    from capfilt import pipeline
     from capfilt.calibrate import run_calibration
+    from capfilt.identities import caches_features
     from capfilt.inspect.calibration_page import rows_of
+    from capfilt.pipeline import device_of
 
     found, path = run_calibration(
         loaded,
@@ -418,8 +419,8 @@ def calibrate(
         pairs=pairs,
         out=out,
         score=score,
-        device=lambda: pipeline.device_of(loaded),
-        use_features=pipeline.caches_features(loaded),
+        device=lambda: device_of(loaded),
+        use_features=caches_features(loaded),
     )
     if as_json:
         print(json.dumps({"calibration": str(path), **found.report}, indent=1))

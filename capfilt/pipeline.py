@@ -4,19 +4,26 @@ Torch is imported only where a model is opened: a run with nothing to do ends at
 """
 
 import contextlib
-import hashlib
-import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from capfilt import manifest
-from capfilt.config import Captioner, Config, Matcher
+from capfilt.config import Config
 from capfilt.engine.local import StageResult, run_stage
-from capfilt.errors import InputError, MismatchError, PartialError, UsageError
+from capfilt.errors import MismatchError, PartialError, UsageError
+from capfilt.identities import (
+    caches_features,
+    identify_finetuning,
+    identify_training,
+    image_shards,
+    model_manifest,
+    start_weights,
+    verdicts_of_labels,
+)
 from capfilt.manifest import Identity
 from capfilt.shards import RunDir
 from capfilt.stage import Stage, identify, identify_shared
@@ -130,11 +137,6 @@ def device_of(config: Config) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def caches_features(config: Config) -> bool:
-    """Whether the run computes image features once: the small preset with its tower frozen."""
-    return config.model.preset == "small"
-
-
 def _run_tables(
     stage: Stage, run_dir: RunDir, shards: list[str], config: Config, redo: bool, report: Report
 ) -> StageResult:
@@ -148,7 +150,7 @@ def _run_tables(
         opens_model = stage.table in ("features", "captions", "scores", "embeddings")
         return device_of(config) if opens_model else "cpu"
 
-    _clear_leftovers(stage, run_dir, shards, replace=redo or stage.cheap)
+    clear_leftovers(stage, run_dir, shards, replace=redo or stage.cheap)
     if shards:
         report(Update(stage.name, 0, len(shards), "shards"))
     return run_stage(stage, run_dir, shards, device=device, redo=redo, progress=progress)
@@ -162,7 +164,7 @@ def note_of(result: StageResult) -> str:
     return ", ".join(parts)
 
 
-def _clear_leftovers(stage: Stage, run_dir: RunDir, shards: list[str], replace: bool) -> None:
+def clear_leftovers(stage: Stage, run_dir: RunDir, shards: list[str], replace: bool) -> None:
     """Removes shards that the run doesn't have any more (its list has become shorter).
 
     Raises:
@@ -264,52 +266,8 @@ def _features(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
         return None
     from capfilt.stages.features import FeaturesStage
 
-    shards = _image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, ("human", "web"))
     return _run_tables(FeaturesStage(config.model), run_dir, shards, config, redo, report)
-
-
-def _image_shards(run_dir: RunDir, sources: tuple[str, ...]) -> list[str]:
-    found = run_dir.shards("images", sources)
-    if not found:
-        raise InputError(
-            f"{run_dir.at('images')} holds no finished shards of {' or '.join(sources)} pairs: run "
-            "`capfilt download CONFIG` and `capfilt ingest CONFIG` first, or `capfilt run CONFIG`"
-        )
-    return found
-
-
-def _identify_training(
-    step: str,
-    run_dir: RunDir,
-    config: Config,
-    *,
-    sources: tuple[str, ...],
-    deciding: dict[str, Any],
-    weights: dict[str, str],
-) -> Identity:
-    """The identity of a training on the pictures of some sources.
-
-    Raises:
-        InputError: a table that it reads isn't finished.
-    """
-    upstream = {}
-    tables = ("images", "features") if caches_features(config) else ("images",)
-    for table in tables:
-        prints = []
-        for shard in _image_shards(run_dir, sources):
-            record = manifest.read(run_dir, run_dir.manifest(table, shard))
-            if record is None:
-                raise InputError(
-                    f"{step} reads {table}/{shard}, and it isn't finished: run "
-                    "`capfilt features CONFIG` first, or `capfilt run CONFIG`"
-                )
-            prints.append(manifest.signature(record))
-        upstream[table] = hashlib.sha256(" ".join(prints).encode()).hexdigest()
-    return Identity(step, 1, deciding, upstream, weights)
-
-
-def _model_manifest(run_dir: RunDir, step: str) -> str:
-    return run_dir.at("models", step, "manifest.json")
 
 
 def _train(
@@ -322,7 +280,7 @@ def _train(
 ) -> StageResult:
     """Trains a model if its folder isn't signed for the same training yet."""
     step = identity.stage
-    path = _model_manifest(run_dir, step)
+    path = model_manifest(run_dir, step)
     result = StageResult(step)
     if manifest.is_done(run_dir, path, identity, stale_is_pending=redo):
         result.skipped = 1
@@ -376,13 +334,13 @@ def _pretrain(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
         "model": manifest.deciding_config(config.model),
         "seed": config.seed,
     }
-    identity = _identify_training(
+    identity = identify_training(
         "pretrain",
         run_dir,
         config,
         sources=("human", "web"),
         deciding=deciding,
-        weights=_start_weights(config),
+        weights=start_weights(config),
     )
     return _train(identity, run_dir, config, redo, report, train)
 
@@ -395,14 +353,14 @@ def _captioner(run_dir: RunDir, config: Config, redo: bool, report: Report) -> S
 
         return finetune_captioner(*arguments)
 
-    identity = _identify_finetuning("captioner", config.captioner, run_dir, config, {})
+    identity = identify_finetuning("captioner", config.captioner, run_dir, config, {})
     return _train(identity, run_dir, config, redo, report, train)
 
 
 def _matcher(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
-    verdicts = _verdicts(config)
-    identity = _identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
-    path = _model_manifest(run_dir, "matcher")
+    verdicts = verdicts_of_labels(config)
+    identity = identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
+    path = model_manifest(run_dir, "matcher")
     if not verdicts:
         _check_forgotten_labels(run_dir, path, redo)
     labelled = None
@@ -422,34 +380,6 @@ def _matcher(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
         return finetune_matcher(*arguments, labelled=labelled)
 
     return _train(identity, run_dir, config, redo, report, train)
-
-
-def _verdicts(config: Config) -> dict[str, bool]:
-    """Whether each reviewed pair is right; empty where `matcher.labels` is off.
-
-    Raises:
-        InputError: the folder holds nothing to learn from.
-    """
-    if config.matcher.labels is None:
-        return {}
-    from capfilt.inspect.labels import read_labels, verdicts_of
-
-    folder = config.matcher.labels
-    labels = read_labels(folder)
-    if not labels:
-        found = "holds no labels" if Path(folder).is_dir() else "is not there"
-        raise InputError(
-            f"matcher.labels: folder {folder!r} {found}; review pairs with `capfilt inspect RUN`, "
-            "which writes them into labels/ of the run folder, and give that one"
-        )
-    verdicts = verdicts_of(labels)
-    if not verdicts:
-        raise InputError(
-            f"matcher.labels: none of the {len(labels)} labels in {folder!r} says that a pair is "
-            "right or wrong (`unsure`, and reviewers who are split, say nothing); review more "
-            "pairs with `capfilt inspect RUN`"
-        )
-    return verdicts
 
 
 def _check_forgotten_labels(run_dir: RunDir, path: str, redo: bool) -> None:
@@ -481,88 +411,13 @@ def differs_in_labels_alone(config: Config) -> bool:
         InputError: the labels, or what the matcher is trained on, are missing.
     """
     run_dir = RunDir(config.run_dir)
-    record = manifest.read(run_dir, _model_manifest(run_dir, "matcher"))
+    record = manifest.read(run_dir, model_manifest(run_dir, "matcher"))
     if record is None:
         return False
-    verdicts = _verdicts(config)
-    identity = _identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
+    verdicts = verdicts_of_labels(config)
+    identity = identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
     changed = {key for key, _, _ in manifest.differences(record, asdict(identity))}
     return changed <= {"weights.labels", "matcher.matcher.labels_per_step"}
-
-
-def _identify_finetuning(
-    step: str,
-    settings: Matcher | Captioner,
-    run_dir: RunDir,
-    config: Config,
-    verdicts: dict[str, bool],
-) -> Identity:
-    """The identity of a finetuning; of the reviewed pairs their verdicts decide, which name them.
-
-    A pair's name is the digest of its picture and text, so the tables that hold them need not be
-    part of it.
-    """
-    own = manifest.deciding_config(settings)
-    deciding = {step: own, "seed": config.seed}
-    sources: tuple[str, ...] = ("human",)
-    if isinstance(settings, Matcher) and (settings.itm.web_negatives or settings.head_warmup):
-        sources = ("human", "web")
-    if settings.checkpoint is not None:
-        weights = _checkpoint_digest(settings.checkpoint)
-    elif settings.init is not None:
-        weights = _checkpoint_digest(settings.init)
-    elif config.pretrain is not None:
-        record = manifest.read(run_dir, run_dir.at("models", "pretrain", "manifest.json"))
-        if record is None:
-            raise InputError(
-                f"finetuning the {step} starts from the run's pretraining, which isn't finished: "
-                f"run `capfilt pretrain CONFIG` first, set {step}.init, or set pretrain: null"
-            )
-        weights = {"pretrain": str(record["fingerprint"])}
-    else:
-        deciding["model"] = manifest.deciding_config(config.model)
-        weights = _start_weights(config)
-    if verdicts:
-        listed = manifest.canonical_json(verdicts).encode()
-        weights = {**weights, "labels": hashlib.sha256(listed).hexdigest()}
-    elif isinstance(settings, Matcher):
-        del own["labels_per_step"]  # nothing to draw: it decides nothing
-    return _identify_training(
-        step, run_dir, config, sources=sources, deciding=deciding, weights=weights
-    )
-
-
-def _start_weights(config: Config) -> dict[str, str]:
-    """Digests of the pretrained parts that a fresh model starts from."""
-    if config.model.preset != "small":
-        found = {}
-        for name in ("image_weights", "text_weights"):
-            value = getattr(config.model, name)
-            if value is not None:
-                found.update(_checkpoint_digest(value))
-        return found
-    from capfilt.models.weights import lite_files, minilm_folder
-
-    files = lite_files(config.model.lite)
-    digests = {name: manifest.file_digest(path) for name, path in files.items()}
-    if config.model.text_weights is not None:
-        return {**digests, **_checkpoint_digest(config.model.text_weights)}
-    return {**digests, "text": manifest.file_digest(minilm_folder() / "model.safetensors")}
-
-
-def _checkpoint_digest(name_or_folder: str) -> dict[str, str]:
-    """What tells one checkpoint from another: its files' digests, or a hub name as it is."""
-    folder = Path(name_or_folder)
-    if not folder.exists():
-        return {"hub": name_or_folder}
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if folder.is_file():
-        files = [folder]
-    if not files:
-        raise InputError(
-            f"{name_or_folder} holds no weights (model.safetensors or pytorch_model.bin)"
-        )
-    return {file.name: manifest.file_digest(file) for file in files}
 
 
 def _take_checkpoint(name_or_folder: str, folder: Path) -> dict[str, Any]:
@@ -583,7 +438,7 @@ def _caption(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
         Path(run_dir.local("models", "captioner")),
         caches_features(config),
     )
-    return _run_tables(stage, run_dir, _image_shards(run_dir, ("web",)), config, redo, report)
+    return _run_tables(stage, run_dir, image_shards(run_dir, ("web",)), config, redo, report)
 
 
 def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
@@ -594,7 +449,7 @@ def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stage
     results = []
     for source in ("human", "web"):
         stage = ScoreStage(config.score, folder, caches_features(config), source)
-        shards = _image_shards(run_dir, (source,))
+        shards = image_shards(run_dir, (source,))
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
         if config.score.store_embeddings:
             embedding = Embedding(
@@ -611,14 +466,14 @@ def _filter(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.stages.decide import FilterStage
 
     stage = FilterStage(config.filter, run_dir)
-    shards = _image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, ("human", "web"))
     return _run_tables(stage, run_dir, shards, config, redo, report)
 
 
 def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.stages.export import ExportStage
 
-    shards = _image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, ("human", "web"))
     cited = config.filter.calibration
     stage = ExportStage(config.export, None if cited is None else Path(cited))
     return _run_tables(stage, run_dir, shards, config, redo, report)
@@ -695,8 +550,8 @@ def status(config: Config) -> dict[str, Any]:
             "counts": counts,
         }
     models = {}
-    for name in ("pretrain", "captioner", "matcher"):
-        record = manifest.read(run_dir, run_dir.at("models", name, "manifest.json"))
+    for name in TRAININGS:
+        record = manifest.read(run_dir, model_manifest(run_dir, name))
         if record is not None:
             models[name] = {"seconds": record["seconds"], **record.get("training", {})}
     page = run_dir.at("report.html")
@@ -706,160 +561,3 @@ def status(config: Config) -> dict[str, Any]:
         "models": models,
         "report": page if run_dir.exists(page) else None,
     }
-
-
-def check(config: Config) -> list[str]:
-    """Looks whether a run could start: lists, columns, folders, weights, what the folder holds.
-
-    Returns:
-        What was found, a line each.
-
-    Raises:
-        UsageError: something is missing or doesn't fit; all problems in one message.
-    """
-    found: list[str] = []
-    problems: list[UsageError] = []
-    for look in (
-        _check_web,
-        _check_human,
-        _check_demo,
-        _check_weights,
-        _check_labels,
-        _check_device,
-        _check_run,
-    ):
-        try:
-            found += look(config)
-        except UsageError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise InputError("\n".join(str(problem) for problem in problems))
-    return found
-
-
-def _check_web(config: Config) -> list[str]:
-    if config.web.urls is None:
-        return _check_pictures(config, "web")
-    from capfilt.stages.download import list_shards
-
-    shards = list_shards(config)
-    if importlib.util.find_spec("img2dataset") is None:
-        raise InputError("download needs img2dataset: pip install img2dataset")
-    return [f"web      {config.web.urls}: to download in {len(shards):,} shards"]
-
-
-def _check_human(config: Config) -> list[str]:
-    return _check_pictures(config, "human")
-
-
-def _check_pictures(config: Config, source: Literal["human", "web"]) -> list[str]:
-    from capfilt.stages.ingest import first_pictures, list_shards
-
-    shards = list_shards(config, source)
-    folder, paths = first_pictures(config, source, 100)
-    there = sum((folder / path).is_file() for path in paths)
-    if not there:
-        raise InputError(
-            f"{source}.images: none of the first {len(paths)} pictures of {source}.pairs is there; "
-            f"the first should be {str(folder / paths[0])!r}. Set {source}.images to the folder "
-            f"that the paths start from, or {source}.image_column"
-        )
-    listed = config.human.pairs if source == "human" else config.web.pairs
-    return [
-        f"{source:<8} {listed}: {len(shards):,} shards; of the first {len(paths)} pictures {there} "
-        "are there"
-    ]
-
-
-def _check_demo(config: Config) -> list[str]:
-    if config.demo is None:
-        return []
-    if not Path(config.demo.serve).is_dir():
-        raise InputError(
-            f"demo.serve: folder {config.demo.serve!r} is not there; give the folder that holds "
-            "the demo's pictures (relative to the working directory)"
-        )
-    return [f"demo     {config.demo.serve}, to be served on port {config.demo.port}"]
-
-
-def _check_weights(config: Config) -> list[str]:
-    found = []
-    trained = [
-        name
-        for name, section in (("captioner", config.captioner), ("matcher", config.matcher))
-        if section.checkpoint is None and section.init is None
-    ]
-    if config.pretrain is not None or trained or caches_features(config):
-        for name, digest in _start_weights(config).items():
-            found.append(f"weights  {name} {digest[:16]}")
-    for key, value in (
-        ("matcher.init", config.matcher.init),
-        ("matcher.checkpoint", config.matcher.checkpoint),
-        ("captioner.init", config.captioner.init),
-        ("captioner.checkpoint", config.captioner.checkpoint),
-    ):
-        if value is None:
-            continue
-        try:
-            digests = _checkpoint_digest(value)
-        except InputError as error:
-            raise InputError(f"{key}: {error}") from None
-        where = "a name on the model hub; no folder here has it" if "hub" in digests else "is there"
-        found.append(f"weights  {key}: {value} ({where})")
-    return found
-
-
-def _check_labels(config: Config) -> list[str]:
-    verdicts = _verdicts(config)
-    if not verdicts:
-        return []
-    right = sum(verdicts.values())
-    return [f"labels   {config.matcher.labels}: {right:,} right, {len(verdicts) - right:,} wrong"]
-
-
-def _check_device(config: Config) -> list[str]:
-    if config.device in ("auto", "cpu"):
-        return [f"device   {config.device}"]
-    import torch
-
-    found = torch.cuda if config.device == "cuda" else torch.backends.mps
-    if not found.is_available():
-        raise UsageError(
-            f"device: {config.device!r}, and torch finds none; set device: auto or cpu"
-        )
-    return [f"device   {config.device}"]
-
-
-def _check_run(config: Config) -> list[str]:
-    """What of the inputs is in the run folder already; an older run's work is found here."""
-    from capfilt.stages import download, ingest
-
-    run_dir = RunDir(config.run_dir)
-    done = total = 0
-    for source in ("web", "human"):
-        stage: Stage
-        try:
-            if source == "web" and config.web.urls is not None:
-                shards, stage = (
-                    download.list_shards(config),
-                    download.DownloadStage(run_dir, config),
-                )
-            else:
-                shards = ingest.list_shards(config, source)
-                stage = ingest.IngestStage(config, source)
-        except InputError:
-            continue  # the list is missing, which is said elsewhere
-        _clear_leftovers(stage, run_dir, shards, replace=False)
-        shared = identify_shared(stage, run_dir)
-        total += len(shards)
-        done += sum(
-            manifest.is_done(
-                run_dir,
-                run_dir.manifest(stage.table, shard),
-                identify(stage, run_dir, shard, shared),
-            )
-            for shard in shards
-        )
-    return [f"run      {config.run_dir}: {done:,} of {total:,} shards of pictures are there"]

@@ -151,17 +151,6 @@ def test_the_demo_serves_only_when_something_is_pending(tiny: Tiny) -> None:
         pass
 
 
-def test_check_finds_work_of_another_config(tiny: Tiny) -> None:
-    lines = pipeline.check(load(tiny.config))
-    assert any(line.endswith("0 of 5 shards of pictures are there") for line in lines)
-    do(tiny, "ingest")
-    lines = pipeline.check(load(tiny.config))
-    assert any(line.endswith("5 of 5 shards of pictures are there") for line in lines)
-    tiny.values["download"]["max_side_px"] = 64
-    with pytest.raises(MismatchError, match=r"max_side_px: None there, 64 now"):
-        pipeline.check(load(tiny.config))
-
-
 def test_models_wait_for_what_they_read(tiny: Tiny) -> None:
     with pytest.raises(InputError, match=r"holds no finished shards of human pairs"):
         do(tiny, "matcher")
@@ -171,36 +160,6 @@ def test_models_wait_for_what_they_read(tiny: Tiny) -> None:
     tiny.values["pretrain"] = {}
     with pytest.raises(InputError, match=r"capfilt pretrain CONFIG"):
         do(tiny, "matcher")
-
-
-def test_labels_are_part_of_the_matchers_identity_only_where_there_are_some(tiny: Tiny) -> None:
-    """Without labels it is what it was before there were any: no finished matcher is redone."""
-    do(tiny, "ingest")
-    init = tiny.folder / "init"
-    init.mkdir()
-    (init / "model.safetensors").write_bytes(b"weights")
-    tiny.values["model"] = {"preset": "base"}
-
-    def identity(labels_per_step: int, **verdicts: bool) -> Identity:
-        tiny.values["matcher"] = {"init": str(init), "labels_per_step": labels_per_step}
-        config = load(tiny.config)
-        run, settings = RunDir(config.run_dir), config.matcher
-        return pipeline._identify_finetuning("matcher", settings, run, config, verdicts)
-
-    without = identity(16)
-    assert without.fingerprint == identity(3).fingerprint, "it decides nothing without labels"
-    assert not {"labels", "labels_per_step"} & set(without.config["matcher"])
-    assert set(without.weights) == {"model.safetensors"}
-    seen = {without.fingerprint}
-    for found in (
-        identity(16, a=True, b=False),
-        identity(16, a=True, b=True),
-        identity(16, a=True),
-        identity(3, a=True),
-    ):
-        assert found.fingerprint not in seen
-        seen.add(found.fingerprint)
-    assert identity(16, b=False, a=True).fingerprint == identity(16, a=True, b=False).fingerprint
 
 
 def test_status_reads_manifests_only(tiny: Tiny) -> None:
