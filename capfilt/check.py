@@ -7,7 +7,7 @@ from typing import Literal
 from capfilt import manifest
 from capfilt.config import Config
 from capfilt.errors import InputError, UsageError
-from capfilt.identities import caches_features, checkpoint_digest, start_weights, verdicts_of_labels
+from capfilt.identities import caches_features, checkpoint_digest, matcher_verdicts, start_weights
 from capfilt.pipeline import clear_leftovers
 from capfilt.shards import RunDir
 from capfilt.stage import Stage, identify, identify_shared
@@ -117,7 +117,7 @@ def _check_weights(config: Config) -> list[str]:
 
 
 def _check_labels(config: Config) -> list[str]:
-    verdicts = verdicts_of_labels(config)
+    verdicts = matcher_verdicts(config)
     if not verdicts:
         return []
     right = sum(verdicts.values())

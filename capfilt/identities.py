@@ -112,7 +112,7 @@ def identify_finetuning(
     )
 
 
-def verdicts_of_labels(config: Config) -> dict[str, bool]:
+def matcher_verdicts(config: Config) -> dict[str, bool]:
     """Whether each reviewed pair is right; empty where `matcher.labels` is off.
 
     Raises:

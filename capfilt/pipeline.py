@@ -20,9 +20,9 @@ from capfilt.identities import (
     identify_finetuning,
     identify_training,
     image_shards,
+    matcher_verdicts,
     model_manifest,
     start_weights,
-    verdicts_of_labels,
 )
 from capfilt.manifest import Identity
 from capfilt.shards import RunDir
@@ -358,7 +358,7 @@ def _captioner(run_dir: RunDir, config: Config, redo: bool, report: Report) -> S
 
 
 def _matcher(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
-    verdicts = verdicts_of_labels(config)
+    verdicts = matcher_verdicts(config)
     identity = identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
     path = model_manifest(run_dir, "matcher")
     if not verdicts:
@@ -414,7 +414,7 @@ def differs_in_labels_alone(config: Config) -> bool:
     record = manifest.read(run_dir, model_manifest(run_dir, "matcher"))
     if record is None:
         return False
-    verdicts = verdicts_of_labels(config)
+    verdicts = matcher_verdicts(config)
     identity = identify_finetuning("matcher", config.matcher, run_dir, config, verdicts)
     changed = {key for key, _, _ in manifest.differences(record, asdict(identity))}
     return changed <= {"weights.labels", "matcher.matcher.labels_per_step"}
