@@ -83,14 +83,15 @@ def identify_finetuning(
     part of it.
     """
     own = manifest.deciding_config(settings)
-    deciding = {step: own, "seed": config.seed}
+    deciding: dict[str, Any] = {step: own, "seed": config.seed}
     sources: tuple[str, ...] = ("human",)
     if isinstance(settings, Matcher) and (settings.itm.web_negatives or settings.head_warmup):
         sources = ("human", "web")
-    if settings.checkpoint is not None:
-        weights = checkpoint_digest(settings.checkpoint)
-    elif settings.init is not None:
-        weights = checkpoint_digest(settings.init)
+    named = settings.checkpoint or settings.init
+    if named is not None:
+        weights = checkpoint_digest(named)
+        if not caches_features(config) and config.model.image_size_px is not None:
+            deciding["model"] = {"image_size_px": config.model.image_size_px}
     elif config.pretrain is not None:
         record = manifest.read(run_dir, model_manifest(run_dir, "pretrain"))
         if record is None:

@@ -348,7 +348,7 @@ def _pretrain(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
 def _captioner(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     def train(*arguments: Any) -> dict[str, Any]:
         if config.captioner.checkpoint is not None:
-            return _take_checkpoint(config.captioner.checkpoint, arguments[2])
+            return _take_checkpoint(config, "captioner", arguments[2])
         from capfilt.training.captioner import finetune_captioner
 
         return finetune_captioner(*arguments)
@@ -374,7 +374,7 @@ def _matcher(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
 
     def train(*arguments: Any) -> dict[str, Any]:
         if config.matcher.checkpoint is not None:
-            return _take_checkpoint(config.matcher.checkpoint, arguments[2])
+            return _take_checkpoint(config, "matcher", arguments[2])
         from capfilt.training.matcher import finetune_matcher
 
         return finetune_matcher(*arguments, labelled=labelled)
@@ -420,11 +420,14 @@ def differs_in_labels_alone(config: Config) -> bool:
     return changed <= {"weights.labels", "matcher.matcher.labels_per_step"}
 
 
-def _take_checkpoint(name_or_folder: str, folder: Path) -> dict[str, Any]:
-    """Copies a checkpoint into the run as it is."""
+def _take_checkpoint(config: Config, step: str, folder: Path) -> dict[str, Any]:
+    """Writes the checkpoint that the config names for a step into the run, untrained."""
     from capfilt.models import folder as model_folder
 
-    model, tokenizer, vocabulary = model_folder.load(name_or_folder)
+    name_or_folder = getattr(config, step).checkpoint
+    model, tokenizer, vocabulary = model_folder.load_checkpoint(
+        name_or_folder, f"{step}.checkpoint", config.model
+    )
     if ranks.is_first():
         model_folder.save(model, tokenizer, folder, vocabulary=vocabulary)
     return {"checkpoint": name_or_folder, "steps": 0}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from capfilt.config import Captioner, Config, Matcher, Model
-from capfilt.errors import ConfigError
+from capfilt.errors import ConfigError, InputError
 from capfilt.models import hub, initial, med_files
 from capfilt.models.efficientnet_lite import VARIANTS
 from capfilt.models.med import MED
@@ -24,6 +24,8 @@ from capfilt.shards import RunDir
 
 VOCABULARY = "lm_vocabulary.json"
 MARKER = "manifest.json"
+_TOWER = ("image_tower", "image_size_px", "lite_variant", "lite_levels")
+"""What of a `MEDConfig` decides the image tower's output: the contents of `features/`."""
 
 
 def preset_config(config: Model) -> MEDConfig:
@@ -97,15 +99,22 @@ def save(
     os.replace(temporary, folder / VOCABULARY)
 
 
-def load(folder: str | Path) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
+def load(
+    folder: str | Path, image_size_px: int | None = None
+) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
     """Reads a model folder, or a BLIP checkpoint by folder or hub name.
+
+    Args:
+        folder: which.
+        image_size_px: side of the pictures that a BLIP checkpoint shall read, its positions
+            interpolated; None for its own.
 
     Returns:
         The model in evaluation mode, its tokenizer, and the vocabulary that its LM head knows (None
         for all of it).
 
     Raises:
-        InputError: it is missing or its keys don't fit.
+        InputError: it is missing, its keys don't fit, or it is capfilt's and of another size.
     """
     path = Path(folder)
     config = path / "config.json"
@@ -114,10 +123,42 @@ def load(folder: str | Path) -> tuple[MED, PreTrainedTokenizerBase, Tensor | Non
         if (path / VOCABULARY).exists():
             listed = json.loads((path / VOCABULARY).read_text(encoding="utf-8"))
         vocabulary = None if listed is None else torch.tensor(listed)
-        return med_files.load(path), load_tokenizer(path), vocabulary
-    model = hub.load(str(folder))
+        return hub.load(path, image_size_px=image_size_px), load_tokenizer(path), vocabulary
+    model = hub.load(str(folder), image_size_px=image_size_px)
     has_tokenizer = (path / "vocab.txt").exists() or (path / "tokenizer.json").exists()
     return model, load_tokenizer(path if has_tokenizer else None), None
+
+
+def load_checkpoint(
+    name_or_folder: str, key: str, config: Model
+) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
+    """As `load`: a checkpoint that the config names under `key`, as its section `model` asks for.
+
+    Raises:
+        InputError: it is missing, its keys don't fit, or it can't read pictures of that size.
+        ConfigError: the run caches image features, and the checkpoint doesn't read such ones.
+    """
+    small = config.preset == "small"
+    try:
+        found = load(name_or_folder, None if small else config.image_size_px)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    own, cached = found[0].config, preset_config(config)
+    if small and any(getattr(own, name) != getattr(cached, name) for name in _TOWER):
+        reads = [
+            ", ".join(f"{name} {getattr(shape, name)}" for name in _TOWER[: 2 if vit else None])
+            for shape, vit in ((own, own.image_tower == "vit"), (cached, False))
+        ]
+        advice = (
+            f"set model.preset: base and model.image_size_px: {own.image_size_px}"
+            if own.image_tower == "vit"
+            else "set model.lite, model.lite_levels and model.image_size_px as it has them"
+        )
+        raise ConfigError(
+            f"{key}: {name_or_folder} reads pictures by {reads[0]}, and the features that this "
+            f"run caches are by {reads[1]}; {advice}"
+        )
+    return found
 
 
 def start(
@@ -125,7 +166,8 @@ def start(
 ) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
     """Where a finetuning starts: `init` if given, else the run's pretraining, else the preset."""
     if settings.init is not None:
-        found = load(settings.init)
+        step = "matcher" if isinstance(settings, Matcher) else "captioner"
+        found = load_checkpoint(settings.init, f"{step}.init", config.model)
     elif config.pretrain is not None:
         found = load(run.local("models", "pretrain"))
     else:
