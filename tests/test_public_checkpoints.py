@@ -19,6 +19,8 @@ from transformers import (
     BlipVisionConfig,
 )
 
+from capfilt.models import folder as model_folder
+from capfilt.models import hub
 from capfilt.models.tokens import CLS_ID, DEC_ID, SEP_ID, clean, load_tokenizer
 from capfilt.shards import Shard
 
@@ -140,3 +142,31 @@ def test_the_small_presets_features_are_not_given_to_a_vit(
     assert "captioner.checkpoint: " in said.err and "image_tower vit, image_size_px 32" in said.err
     assert "set model.preset: base and model.image_size_px: 32" in said.err
     assert not (run.run.exists(run.run.at("models", "captioner", "manifest.json")))
+
+
+def test_a_finetuned_checkpoint_goes_back_to_transformers(
+    run: Tiny, capfilt: Callable[..., Said]
+) -> None:
+    for step in ("captioner", "matcher"):
+        run.values[step] = {
+            **run.values[step], "checkpoint": None, "init": run.values[step]["checkpoint"], "epochs": 4,
+            "batch_size": 2, "lr": 1e-3, "warmup_steps": 1, "val_fraction": 0.2,
+        }  # fmt: skip
+    run.values["score"] = {"first_token": "enc"}
+    said = capfilt("run", run.config)
+    assert said.code == 0, said.err
+    assert len(tables(run, "captions")) == 7 and len(tables(run, "export")) >= 5
+    for step, cls in (
+        ("captioner", BlipForConditionalGeneration),
+        ("matcher", BlipForImageTextRetrieval),
+    ):
+        model, *_ = model_folder.load(run.run.local("models", step))
+        hub.save_transformers(model, run.folder / "back", cls.__name__)
+        again, info = cls.from_pretrained(run.folder / "back", output_loading_info=True)  # type: ignore[attr-defined]
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        before = cls.from_pretrained(run.folder / step)  # type: ignore[attr-defined]
+        moved = [
+            float((new - old).detach().abs().max())
+            for new, old in zip(again.parameters(), before.parameters(), strict=True)
+        ]
+        assert max(moved) > 1e-4  # it learned
