@@ -345,6 +345,15 @@ class MED(nn.Module):
         self.vision_proj.train(training)
         return embeds
 
+    @torch.no_grad()
+    def known_text(self, pooled: Tensor) -> Tensor:
+        """`project_text` without dropout and gradient: what ITM reads of what ITC knows."""
+        training = self.text_proj.training
+        self.text_proj.eval()
+        embeds = self.project_text(pooled)
+        self.text_proj.train(training)
+        return embeds
+
     def pool_image(self, tokens: Tensor) -> Tensor:
         """What `project_image` reads: `[B, P, Dv]` to `[B, pooled_width]`."""
         return self.reduce(self.pool_tokens(tokens))

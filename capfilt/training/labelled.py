@@ -213,7 +213,7 @@ def labelled_itm(
     with torch.no_grad():
         first, first_mask = first.to(device), first_mask.to(device)
         pooled_texts = model.pool_text(first, first_mask)
-        known_texts = model.project_text(pooled_texts)
+        known_texts = model.known_text(pooled_texts)
     ids, mask = tokenize(tokenizer, texts, max_tokens, first_token="enc")
     pooled = model.pool_image(features).detach()
     start = model.itm_start_of(known, known_texts, ids.to(device), pooled, pooled_texts)

@@ -53,12 +53,8 @@ def embed(model: MED, features: Tensor, ids: Tensor, mask: Tensor) -> Embedded:
     pooled = pooled_images.detach(), pooled_texts.detach()
     if model.config.projection_hidden is None:  # heads without dropout
         return Embedded(images, texts, images.detach(), texts.detach(), *pooled)
-    with torch.no_grad():
-        training = model.text_proj.training
-        model.text_proj.eval()
-        known_texts = model.project_text(pooled_texts)
-        model.text_proj.train(training)
-    return Embedded(images, texts, model.known_image(features), known_texts, *pooled)
+    known_images, known_texts = model.known_image(features), model.known_text(pooled_texts)
+    return Embedded(images, texts, known_images, known_texts, *pooled)
 
 
 def image_features(model: MED, batch: Batch, device: str) -> Tensor:
@@ -249,7 +245,7 @@ def itm_objective(
         first, first_mask = first.to(device), first_mask.to(device)
         with torch.no_grad():
             more = model.pool_text(first, first_mask)
-            text_embeds = torch.cat([text_embeds, model.project_text(more)])
+            text_embeds = torch.cat([text_embeds, model.known_text(more)])
             pooled_texts = torch.cat([pooled_texts, more])
     itm_start = model.itm_start_of(
         images[image_rows], text_embeds, ids, pooled_images[image_rows], pooled_texts
