@@ -6,9 +6,9 @@ from typing import Literal
 
 from capfilt import manifest
 from capfilt.config import Config
-from capfilt.errors import InputError, UsageError
-from capfilt.identities import caches_features, checkpoint_digest, matcher_verdicts, start_weights
-from capfilt.pipeline import clear_leftovers
+from capfilt.errors import ConfigError, InputError, UsageError
+from capfilt.identities import checkpoint_digest, matcher_verdicts, start_weights
+from capfilt.pipeline import TRAININGS, clear_leftovers
 from capfilt.shards import RunDir
 from capfilt.stage import Stage, identify, identify_shared
 
@@ -28,6 +28,7 @@ def check(config: Config) -> list[str]:
         _check_web,
         _check_human,
         _check_demo,
+        _check_trainings,
         _check_weights,
         _check_labels,
         _check_device,
@@ -89,6 +90,13 @@ def _check_demo(config: Config) -> list[str]:
     return [f"demo     {config.demo.serve}, to be served on port {config.demo.port}"]
 
 
+def _check_trainings(config: Config) -> list[str]:
+    problems = [problem for step in TRAININGS if (problem := config.start_problem(step))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return []
+
+
 def _check_weights(config: Config) -> list[str]:
     found = []
     trained = [
@@ -96,7 +104,7 @@ def _check_weights(config: Config) -> list[str]:
         for name, section in (("captioner", config.captioner), ("matcher", config.matcher))
         if section.checkpoint is None and section.init is None
     ]
-    if config.pretrain is not None or trained or caches_features(config):
+    if config.pretrain is not None or trained or config.model.caches_features:
         for name, digest in start_weights(config).items():
             found.append(f"weights  {name} {digest[:16]}")
     for key, value in (

@@ -408,7 +408,6 @@ def calibrate(
         raise UsageError(f"--target {target!r}: expected precision=P with P between 0 and 1")
     loaded = _load(config, overrides)
     from capfilt.calibrate import run_calibration
-    from capfilt.identities import caches_features
     from capfilt.inspect.calibration_page import rows_of
     from capfilt.pipeline import device_of
 
@@ -420,7 +419,7 @@ def calibrate(
         out=out,
         score=score,
         device=lambda: device_of(loaded),
-        use_features=caches_features(loaded),
+        use_features=loaded.model.caches_features,
     )
     if as_json:
         print(json.dumps({"calibration": str(path), **found.report}, indent=1))

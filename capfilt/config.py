@@ -141,6 +141,11 @@ class Model(_Section):
     text_weights: str | None = None
     """BERT weights to start from (a hub name or folder); the small preset's MiniLM by default."""
 
+    @property
+    def caches_features(self) -> bool:
+        """Whether a run computes image features once: the small preset's tower is frozen."""
+        return self.preset == "small"
+
     @model_validator(mode="after")
     def _small_preset_only(self) -> "Model":
         given = {
@@ -224,6 +229,16 @@ class Itc(_Section):
     alpha_warmup_epochs: float = Field(1.0, ge=0)
     """Epochs over which `alpha` rises from 0."""
 
+    @model_validator(mode="after")
+    def _momentum_feeds_them(self) -> "Itc":
+        for name in ("queue_size", "alpha"):
+            if getattr(self, name) and self.momentum is None:
+                raise ValueError(
+                    f"`{name}` lives on the momentum encoders' output: set `momentum` (0.995, "
+                    f"say), or `{name}: 0`"
+                )
+        return self
+
 
 class Itm(_Section):
     """Image-text matching (ITM) on negatives that ITC confuses."""
@@ -231,7 +246,8 @@ class Itm(_Section):
     easy_epochs: float = Field(0.0, ge=0)
     """Epochs over which negatives go from random to the paper's hard ones; 0 is hard at once."""
     word_swap: Fraction = 0.0
-    """Chance that a positive gets a further negative: its own text with a word exchanged."""
+    """Chance that a positive gets a further negative: its own text with a word exchanged
+    (finetuning of the matcher only)."""
     web_negatives: Fraction = 0.0
     """Chance that a human picture gets a further negative: a text of some web picture, so that the
     matcher sees how the web writes (finetuning of the matcher only)."""
@@ -278,6 +294,16 @@ class Pretrain(Optim):
     """Share of the steps, at the start, that train LM alone: cross-attention must have learned to
     read pictures before hard negatives mean anything. Goes with `freeze_ffn` and `head_warmup`, so
     that what ITC knows by then stays as it is."""
+
+    @model_validator(mode="after")
+    def _negatives_of_the_batch_alone(self) -> "Pretrain":
+        for name in ("word_swap", "web_negatives"):
+            if getattr(self.itm, name):
+                raise ValueError(
+                    f"`itm.{name}` is for the finetuning of the matcher: move it to "
+                    f"`matcher.itm.{name}`"
+                )
+        return self
 
 
 class Matcher(Optim):
@@ -374,8 +400,24 @@ class Caption(_Section):
     max_tokens: Positive = 20
     """Longest caption, in tokens with the prompt."""
     captions_per_image: Positive = 1
-    """Captions for each picture."""
+    """Captions for each picture (`nucleus` and `top_k` only)."""
     batch_size: Positive = _runtime(64, "Pictures at a time.")
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> "Caption":
+        if self.method == "top_k" and self.top_k is None:
+            raise ValueError("`method: top_k` needs `top_k` (50, say)")
+        if self.method in ("beam", "greedy") and self.captions_per_image > 1:
+            raise ValueError(
+                f"`method: {self.method}` gives one caption a picture; for `captions_per_image: "
+                f"{self.captions_per_image}` set `method: nucleus` or `top_k`"
+            )
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"`min_tokens: {self.min_tokens}` is above `max_tokens: {self.max_tokens}`: no "
+                "caption could end"
+            )
+        return self
 
 
 class Score(_Section):
@@ -540,21 +582,112 @@ class Config(_Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = _runtime("auto", "Where models run.")
     threads: Positive | None = _runtime(None, "CPU threads; all cores by default.")
 
+    def _trained(self) -> dict[str, Optim]:
+        """The sections of the trainings that this run makes."""
+        found: dict[str, Optim] = {} if self.pretrain is None else {"pretrain": self.pretrain}
+        for name, section in (("captioner", self.captioner), ("matcher", self.matcher)):
+            if section.checkpoint is None:
+                found[name] = section
+        return found
+
+    def _fresh(self) -> dict[str, Optim]:
+        """Those of them that start from the preset's own parts."""
+        if self.pretrain is not None:
+            return {"pretrain": self.pretrain}
+        return {
+            name: section
+            for name, section in self._trained().items()
+            if not getattr(section, "init", None)
+        }
+
+    def start_problem(self, step: str) -> str | None:
+        """What keeps a training from starting with the preset's own parts; None if nothing does.
+
+        Args:
+            step: `pretrain`, `captioner` or `matcher`; one that starts elsewhere has no problem.
+        """
+        section = self._fresh().get(step)
+        if section is None:
+            return None
+        model = self.model
+        if not model.caches_features and section.freeze_image and model.image_weights is None:
+            return (
+                f"`{step}.freeze_image` is on, and nothing fills the image tower of `model.preset: "
+                f"{model.preset}`: random weights would stay so. Set `model.image_weights` "
+                f"to a ViT, or `{step}.freeze_image: false`"
+            )
+        for name in ("pooled_components", "grid_components", "itm_bank", "itm_words"):
+            if getattr(model, name) and step == "captioner":
+                return (
+                    f"`model.{name}` is found in the data by `head_warmup`, and a captioner "
+                    "without pretraining has none: set `pretrain` or `captioner.init`, or leave "
+                    "it out"
+                )
+        return None
+
     @model_validator(mode="after")
     def _head_warmup_finds_them(self) -> "Config":
         """What `head_warmup` finds in the data must be found where training starts."""
-        first = self.matcher if self.pretrain is None else self.pretrain
-        if first.head_warmup is not None:
-            return self
-        if isinstance(first, Matcher) and (first.init or first.checkpoint):
-            return self
         for name in ("pooled_components", "grid_components", "itm_bank", "itm_words"):
-            if getattr(self.model, name):
-                where = "matcher" if self.pretrain is None else "pretrain"
+            for where, section in self._fresh().items():
+                lacking = isinstance(section, Pretrain | Matcher) and section.head_warmup is None
+                if getattr(self.model, name) and lacking:
+                    raise ValueError(
+                        f"`model.{name}` is found in the data by `{where}.head_warmup`, which is "
+                        f"not set; write `{where}: {{head_warmup: {{}}}}`"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _image_towers_can_do_it(self) -> "Config":
+        small = self.model.preset == "small"
+        for name, section in self._trained().items():
+            if small and not section.freeze_image:
                 raise ValueError(
-                    f"`model.{name}` is found in the data by `{where}.head_warmup`, which is not "
-                    f"set; write `{where}: {{head_warmup: {{}}}}`"
+                    f"`{name}.freeze_image: false` is for `model.preset: base` and `large`: the "
+                    "small preset's EfficientNet-Lite has its batch norms folded and stays frozen"
                 )
+            if not small and section.image_dropout:
+                raise ValueError(
+                    f"`{name}.image_dropout` blanks cached features, which `model.preset: "
+                    f"{self.model.preset}` has none of; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_stops_them(self) -> "Config":
+        for name, section in self._trained().items():
+            if section.patience is not None and not getattr(section, "val_fraction", 0):
+                raise ValueError(
+                    f"`{name}.patience` needs a validation: "
+                    + (
+                        "pretraining has none; leave it out"
+                        if name == "pretrain"
+                        else f"set `{name}.val_fraction` (0.05, say)"
+                    )
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _queues_hold_a_batch(self) -> "Config":
+        for name, section in self._trained().items():
+            if isinstance(section, Pretrain | Matcher) and (
+                0 < section.itc.queue_size < section.batch_size
+            ):
+                raise ValueError(
+                    f"`{name}.itc.queue_size: {section.itc.queue_size}` is less than a batch "
+                    f"({section.batch_size}): set a multiple of it, or 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _captions_are_longer_than_the_prompt(self) -> "Config":
+        words = len(self.captioner.prompt.split())  # a word is a token or more, [DEC] one more
+        if words + 1 >= self.caption.max_tokens:
+            raise ValueError(
+                f"`caption.max_tokens: {self.caption.max_tokens}` leaves no room after "
+                f"`captioner.prompt` ({words} words): raise it"
+            )
         return self
 
     @model_validator(mode="after")

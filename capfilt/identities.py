@@ -15,11 +15,6 @@ from capfilt.manifest import Identity
 from capfilt.shards import RunDir
 
 
-def caches_features(config: Config) -> bool:
-    """Whether the run computes image features once: the small preset with its tower frozen."""
-    return config.model.preset == "small"
-
-
 def image_shards(run_dir: RunDir, sources: tuple[str, ...]) -> list[str]:
     """Names of the finished shards of pictures of some sources.
 
@@ -55,7 +50,7 @@ def identify_training(
         InputError: a table that it reads isn't finished.
     """
     upstream = {}
-    tables = ("images", "features") if caches_features(config) else ("images",)
+    tables = ("images", "features") if config.model.caches_features else ("images",)
     for table in tables:
         prints = []
         for shard in image_shards(run_dir, sources):
@@ -90,7 +85,7 @@ def identify_finetuning(
     named = settings.checkpoint or settings.init
     if named is not None:
         weights = checkpoint_digest(named)
-        if not caches_features(config) and config.model.image_size_px is not None:
+        if not config.model.caches_features and config.model.image_size_px is not None:
             deciding["model"] = {"image_size_px": config.model.image_size_px}
     elif config.pretrain is not None:
         record = manifest.read(run_dir, model_manifest(run_dir, "pretrain"))

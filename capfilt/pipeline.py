@@ -14,9 +14,8 @@ from typing import Any
 from capfilt import manifest
 from capfilt.config import Config
 from capfilt.engine.local import StageResult, run_stage
-from capfilt.errors import MismatchError, PartialError, UsageError
+from capfilt.errors import ConfigError, MismatchError, PartialError, UsageError
 from capfilt.identities import (
-    caches_features,
     identify_finetuning,
     identify_training,
     image_shards,
@@ -97,9 +96,13 @@ def run(
         A result for each step.
 
     Raises:
+        ConfigError: a training among them can't start as the config wants it.
         UsageError: inputs are missing, or the folder holds work of another config.
         PartialError: shards failed; the others are done.
     """
+    for step in steps:
+        if problem := config.start_problem(step):
+            raise ConfigError(problem)
     run_dir = RunDir(config.run_dir)
     replaceable = ORDER[ORDER.index(redo) :] if redo else ()
     results: list[StageResult] = []
@@ -262,7 +265,7 @@ def _merged(name: str, results: list[StageResult]) -> StageResult:
 
 
 def _features(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult | None:
-    if not caches_features(config):
+    if not config.model.caches_features:
         return None
     from capfilt.stages.features import FeaturesStage
 
@@ -365,12 +368,10 @@ def _matcher(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
         _check_forgotten_labels(run_dir, path, redo)
     labelled = None
     if verdicts and not manifest.is_done(run_dir, path, identity, stale_is_pending=redo):
-        from capfilt.models.folder import uses_features
         from capfilt.training.labelled import read_labelled
 
         # labels of another run are an error before the matcher that is there loses its signature
-        cached = uses_features(config.model, config.matcher.freeze_image)
-        labelled = read_labelled(run_dir, verdicts, use_features=cached)
+        labelled = read_labelled(run_dir, verdicts, use_features=config.model.caches_features)
 
     def train(*arguments: Any) -> dict[str, Any]:
         if config.matcher.checkpoint is not None:
@@ -439,7 +440,7 @@ def _caption(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
     stage = CaptionStage(
         CaptionSettings(caption=config.caption, prompt=config.captioner.prompt, seed=config.seed),
         Path(run_dir.local("models", "captioner")),
-        caches_features(config),
+        config.model.caches_features,
     )
     return _run_tables(stage, run_dir, image_shards(run_dir, ("web",)), config, redo, report)
 
@@ -451,14 +452,14 @@ def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stage
     folder = Path(run_dir.local("models", "matcher"))
     results = []
     for source in ("human", "web"):
-        stage = ScoreStage(config.score, folder, caches_features(config), source)
+        stage = ScoreStage(config.score, folder, config.model.caches_features, source)
         shards = image_shards(run_dir, (source,))
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
         if config.score.store_embeddings:
             embedding = Embedding(
                 max_tokens=config.score.max_tokens, batch_size=config.score.batch_size
             )
-            second = EmbedStage(embedding, folder, caches_features(config), source)
+            second = EmbedStage(embedding, folder, config.model.caches_features, source)
             found = _run_tables(second, run_dir, shards, config, redo, report)
             found.rows = 0  # the same pairs again
             results.append(found)

@@ -135,12 +135,12 @@ def test_overrides(tmp_path: Path) -> None:
             "score.batch_size=8",
             "filter.itm_threshold=null",
             "demo.serve=web",
-            "pretrain.itc.queue_size = 4",
+            "pretrain.itc.momentum = 0.5",
         ),
     )
     assert config.score.batch_size == 8 and config.filter.itm_threshold is None
     assert config.demo is not None and config.demo.serve == "web"
-    assert config.pretrain is not None and config.pretrain.itc.queue_size == 4
+    assert config.pretrain is not None and config.pretrain.itc.momentum == 0.5
 
 
 @pytest.mark.parametrize(
@@ -266,3 +266,54 @@ def test_workers_stay_out_of_the_fingerprint(processes: int, threads: int) -> No
 
 def test_a_deciding_config_is_plain_json() -> None:
     canonical_json(deciding_config(Config.model_validate(BASE)))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("pretrain: {freeze_image: false}", "`pretrain.freeze_image: false` is for `model.preset: base`"),
+        ("matcher: {freeze_image: false}", "`matcher.freeze_image: false` is for"),
+        ("model: {preset: base}\ncaptioner: {image_dropout: 0.1}", "`captioner.image_dropout` blanks cached"),
+        ("pretrain: {patience: 2}", "`pretrain.patience` needs a validation: pretraining has none"),
+        ("matcher: {patience: 2}", "set `matcher.val_fraction`"),
+        ("pretrain: {itc: {queue_size: 64}}", "set `momentum` (0.995, say), or `queue_size: 0`"),
+        ("matcher: {itc: {alpha: 0.4}}", "or `alpha: 0`"),
+        ("matcher: {itc: {queue_size: 32, momentum: 0.99}}", "less than a batch (64)"),
+        ("pretrain: {itm: {word_swap: 0.5}}", "move it to `matcher.itm.word_swap`"),
+        ("caption: {method: top_k}", "needs `top_k`"),
+        ("caption: {method: beam, captions_per_image: 3}", "`method: beam` gives one caption a picture"),
+        ("caption: {min_tokens: 30}", "`min_tokens: 30` is above `max_tokens: 20`"),
+        ("captioner: {prompt: a b c d e f}\ncaption: {max_tokens: 7}", "leaves no room after `captioner.prompt`"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_told_before_anything_happens(
+    tmp_path: Path, lines: str, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{MINIMAL}{lines}\n")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert message in str(error.value)
+
+
+def test_what_keeps_a_training_from_starting_fresh(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{MINIMAL}model: {{preset: base}}\n")
+    problem = load(path).start_problem("pretrain")
+    assert (
+        problem is not None and "nothing fills the image tower of `model.preset: base`" in problem
+    )
+    for change in ("pretrain.freeze_image=false", "model.image_weights=vit", "pretrain=null"):
+        assert load(path, (change,)).start_problem("pretrain") is None
+    assert load(path, ("pretrain=null",)).start_problem("matcher") is not None
+    assert load(path, ("pretrain=null", "matcher.init=blip")).start_problem("matcher") is None
+    small = (
+        "pretrain=null",
+        "model.preset=small",
+        "model.grid_components=8",
+        "matcher.head_warmup={}",
+    )
+    problem = load(path, small).start_problem("captioner")
+    assert problem is not None and "a captioner without pretraining has none" in problem
+    assert load(path, (*small, "captioner.init=x")).start_problem("captioner") is None
+    assert load(path, small).start_problem("matcher") is None

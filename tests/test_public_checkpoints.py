@@ -4,6 +4,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from transformers import (
     BlipVisionConfig,
 )
 
+from capfilt.config import Model
+from capfilt.errors import InputError
 from capfilt.models import folder as model_folder
 from capfilt.models import hub
 from capfilt.models.tokens import CLS_ID, DEC_ID, SEP_ID, clean, load_tokenizer
@@ -170,3 +173,25 @@ def test_a_finetuned_checkpoint_goes_back_to_transformers(
             for new, old in zip(again.parameters(), before.parameters(), strict=True)
         ]
         assert max(moved) > 1e-4  # it learned
+
+
+def test_a_checkpoint_without_the_head_is_not_taken_as_it_is(
+    run: Tiny, capfilt: Callable[..., Said]
+) -> None:
+    run.values["matcher"] = {"checkpoint": str(run.folder / "captioner")}
+    assert capfilt("ingest", run.config).code == 0
+    said = capfilt("finetune", "matcher", run.config)
+    assert said.code == 2
+    assert "matcher.checkpoint: " in said.err and "this is a captioner, not a matcher" in said.err
+
+
+def test_what_a_checkpoint_lacks_starts_the_same_each_time(run: Tiny) -> None:
+    load = partial(model_folder.load_checkpoint, key="matcher.init", config=Model(preset="base"))
+    first, second = (load(str(run.folder / "captioner"))[0].itm_head.weight for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_damaged_model_folder_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "capf')
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+        model_folder.load(tmp_path)

@@ -54,16 +54,10 @@ def fresh_model(config: Model, freeze_image: bool) -> MED:
 
     Raises:
         InputError: weights are missing or don't fit.
-        ConfigError: the preset can't do what is asked.
     """
     torch.manual_seed(0)
     model = MED(preset_config(config))
     if config.preset == "small":
-        if not freeze_image:
-            raise ConfigError(
-                "freeze_image: the small preset's EfficientNet-Lite has its batch norms folded and "
-                "stays frozen; set freeze_image: true, or model.preset: base"
-            )
         initial.init_lite(model)
     elif config.image_weights is not None:
         hub.init_vit(model, config.image_weights)
@@ -82,11 +76,6 @@ def preset_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     return load_tokenizer(folder if folder is not None and Path(folder).is_dir() else None)
 
 
-def uses_features(config: Model, freeze_image: bool) -> bool:
-    """Whether training reads cached image features instead of pictures."""
-    return config.preset == "small" and freeze_image
-
-
 def save(
     model: MED, tokenizer: PreTrainedTokenizerBase, folder: Path, *, vocabulary: Tensor | None
 ) -> None:
@@ -100,12 +89,15 @@ def save(
 
 
 def load(
-    folder: str | Path, image_size_px: int | None = None
+    folder: str | Path,
+    kinds: tuple[hub.Kind, ...] | None = None,
+    image_size_px: int | None = None,
 ) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
     """Reads a model folder, or a BLIP checkpoint by folder or hub name.
 
     Args:
         folder: which.
+        kinds: what a BLIP checkpoint may be; None for any. Capfilt's own models are all of them.
         image_size_px: side of the pictures that a BLIP checkpoint shall read, its positions
             interpolated; None for its own.
 
@@ -114,17 +106,15 @@ def load(
         for all of it).
 
     Raises:
-        InputError: it is missing, its keys don't fit, or it is capfilt's and of another size.
+        InputError: it is missing, of another kind, its keys don't fit, or it is capfilt's own and
+            of another size.
     """
     path = Path(folder)
-    config = path / "config.json"
-    if config.exists() and json.loads(config.read_text()).get("model_type") == "capfilt-med":
-        listed = None
-        if (path / VOCABULARY).exists():
-            listed = json.loads((path / VOCABULARY).read_text(encoding="utf-8"))
+    model = hub.load(folder, kinds, image_size_px)
+    if (path / VOCABULARY).exists():
+        listed = json.loads((path / VOCABULARY).read_text(encoding="utf-8"))
         vocabulary = None if listed is None else torch.tensor(listed)
-        return hub.load(path, image_size_px=image_size_px), load_tokenizer(path), vocabulary
-    model = hub.load(str(folder), image_size_px=image_size_px)
+        return model, load_tokenizer(path), vocabulary
     has_tokenizer = (path / "vocab.txt").exists() or (path / "tokenizer.json").exists()
     return model, load_tokenizer(path if has_tokenizer else None), None
 
@@ -134,13 +124,22 @@ def load_checkpoint(
 ) -> tuple[MED, PreTrainedTokenizerBase, Tensor | None]:
     """As `load`: a checkpoint that the config names under `key`, as its section `model` asks for.
 
+    With `init` a training may start from any checkpoint, and what it lacks starts at random, the
+    same each time; with `checkpoint` it must have the head that the step needs.
+
     Raises:
-        InputError: it is missing, its keys don't fit, or it can't read pictures of that size.
+        InputError: it is missing, lacks the head, its keys don't fit, or it can't read pictures of
+            that size.
         ConfigError: the run caches image features, and the checkpoint doesn't read such ones.
     """
-    small = config.preset == "small"
+    small = config.caches_features
+    kinds: dict[str, tuple[hub.Kind, ...]] = {
+        "captioner.checkpoint": ("captioner", "pretrained"),
+        "matcher.checkpoint": ("matcher", "pretrained"),
+    }
+    torch.manual_seed(0)
     try:
-        found = load(name_or_folder, None if small else config.image_size_px)
+        found = load(name_or_folder, kinds.get(key), None if small else config.image_size_px)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
     own, cached = found[0].config, preset_config(config)

@@ -310,7 +310,10 @@ def _sample(
             numbers = torch.tensor(
                 [uniform(seed, pair_ids[row], step) for row in rows], dtype=torch.float64
             )
-            chosen = _draw(scores, numbers.to(rules.device), top_p, top_k, temperature)
+            # Apple's GPUs have no float64
+            where = "cpu" if rules.device.type == "mps" else rules.device
+            drawn = _draw(scores.to(where), numbers.to(where), top_p, top_k, temperature)
+            chosen = drawn.to(rules.device)
         taken = logits.log_softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
         for row, place, token, logprob in zip(
             rows, chosen.tolist(), rules.ids[chosen].tolist(), taken, strict=True

@@ -251,7 +251,7 @@ def _kind_of(state: Mapping[str, Tensor], where: Path) -> Kind:
 
 def load(
     name_or_folder: str | Path,
-    kind: Kind | None = None,
+    kinds: Kind | tuple[Kind, ...] | None = None,
     image_size_px: int | None = None,
     config: MEDConfig | None = None,
 ) -> MED:
@@ -261,7 +261,7 @@ def load(
         name_or_folder: a folder of capfilt's; a folder or a name on the Hugging Face hub of a
             `BlipForConditionalGeneration`, `BlipForImageTextRetrieval` or `BlipModel`; or a `.pth`
             of the original release.
-        kind: what the checkpoint must be; None: whatever its keys say.
+        kinds: what the checkpoint must be, or may be; None: whatever its keys say.
         image_size_px: side of the images; positions are interpolated. None: the checkpoint's.
         config: overrides what is read from the checkpoint or inferred from its shapes.
 
@@ -297,8 +297,12 @@ def load(
         if not name.endswith(_REDUNDANT) and not (original and name.startswith(_MOMENTUM))
     }
     found = _kind_of(state, path)
-    if kind is not None and kind != found:
-        raise InputError(f"{path}: this is a {found}, not a {kind}")
+    wanted = (kinds,) if isinstance(kinds, str) else kinds
+    if wanted is not None and found not in wanted:
+        raise InputError(
+            f"{path}: this is a {found}, not a {' or '.join(wanted)}: it lacks a part, which would "
+            "be random"
+        )
     if found == "pretrained" and not original:
         raise InputError(
             f"{path}: a BlipForQuestionAnswering has no place in MED; use a captioner or a matcher"

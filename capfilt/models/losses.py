@@ -59,7 +59,7 @@ class Queue(nn.Module):
         if queue_size < 1:
             raise ConfigError(
                 f"queue_size: {queue_size} is not a positive number of pairs; "
-                "leave the queue off with queue_size: null"
+                "leave the queue off with queue_size: 0"
             )
         self.queue_size = queue_size
         self.register_buffer("image_queue", torch.zeros(embed_dim, queue_size))
@@ -107,7 +107,7 @@ class Queue(nn.Module):
         if batch > self.queue_size:
             raise ConfigError(
                 f"queue_size: {self.queue_size} is smaller than the global batch of {batch} pairs; "
-                f"set it to a multiple of {batch}, or leave the queue off with queue_size: null"
+                f"set it to a multiple of {batch}, or leave the queue off with queue_size: 0"
             )
         columns = (torch.arange(batch, device=image.device) + self.pointer) % self.queue_size
         self.image_queue[:, columns] = image.detach().T.to(self.image_queue.dtype)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from capfilt.config import Captioner, Config
-from capfilt.evaluation.captions import caption_scores
+from capfilt.errors import InputError
+from capfilt.evaluation.captions import caption_scores, tokenize
 from capfilt.models import folder as model_folder
 from capfilt.models.generation import generate, read_images
 from capfilt.models.med import MED
@@ -37,8 +38,7 @@ def finetune_captioner(
     inventory, held_out = take_inventory(run, ("human",)).split(settings.val_fraction, config.seed)
     model, tokenizer, _ = model_folder.start(run, config, settings)
     model = model.to(device)
-    use_features = model_folder.uses_features(config.model, settings.freeze_image)
-    make_stream = partial(Stream, run, seed=config.seed, use_features=use_features)
+    make_stream = partial(Stream, run, seed=config.seed, use_features=config.model.caches_features)
     # it writes only words that people wrote, whatever pretraining saw in the web's texts
     vocabulary = None
     if config.model.preset == "small":
@@ -132,7 +132,14 @@ def _caption_scores(
         )
         written += [decode(tokenizer, caption.token_ids) for caption in captions]
     references = [texts for shard in stream.inventory.captions.values() for texts in shard]
-    found = caption_scores(written, references)
+    # a text of question marks alone is a text, and says nothing that could be compared
+    compared = [row for row, texts in enumerate(references) if any(map(tokenize, texts))]
+    if not compared:
+        raise InputError(
+            f"captioner.val_fraction: none of the {len(references)} pictures held out has a text "
+            "with a word; set val_fraction: 0, or give better texts"
+        )
+    found = caption_scores([written[i] for i in compared], [references[i] for i in compared])
     return {
         "score": found["cider"] + found["bleu4"],
         "cider": found["cider"],

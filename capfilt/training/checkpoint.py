@@ -1,7 +1,8 @@
 """Checkpoints that a stopped training goes on from; written beside and renamed, never half there.
 
-One file holds everything that the next step depends on. Random draws don't need to be in it: they
-are keyed by (seed, step). The names carry the start of the training's fingerprint, so that two
+One file holds everything that the next step depends on and that training moves; what a warm-up of
+the heads found beforehand is in a file of its own. Random draws don't need to be kept: they are
+keyed by (seed, step). The names carry the start of the training's fingerprint, so that two
 trainings in one folder leave each other's files alone. The last two checkpoints are kept: should
 the last one be damaged, the one before takes its place.
 """
@@ -125,6 +126,48 @@ def load_best(folder: Path, step: int, fingerprint: str, model: nn.Module) -> No
     """Puts the weights that `save_best` kept back into the model."""
     path = _path(folder, "best", step, fingerprint)
     load_trained_weights(model, torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def save_warmup(
+    folder: Path, fingerprint: str, tensors: dict[str, Tensor], weights: dict[str, float]
+) -> None:
+    """Keeps what a warm-up found: tensors of the model by name, and the web pairs' weights."""
+    found = {"tensors": tensors, "weights": json.dumps(weights)}
+    _write(_path(folder, "warmup", 0, fingerprint), found)
+
+
+def load_warmup(
+    folder: Path, fingerprint: str, tensors: dict[str, Tensor]
+) -> dict[str, float] | None:
+    """Puts what `save_warmup` kept back into the model's tensors, in place.
+
+    Returns:
+        The web pairs' weights; None when there is nothing, or it can't be read.
+
+    Raises:
+        MismatchError: it is this training's, and was written by other code.
+    """
+    path = _path(folder, "warmup", 0, fingerprint)
+    if not path.exists():
+        return None
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # as for checkpoints
+        log.warning("%s can't be read (%s); the heads are warmed up anew", path, error)
+        return None
+    different = tensors.keys() ^ found["tensors"].keys() or {
+        name for name, tensor in tensors.items() if tensor.shape != found["tensors"][name].shape
+    }
+    if different:
+        raise MismatchError(
+            f"{path} does not fit this model ({', '.join(sorted(different)[:8])}): another version "
+            f"of capfilt wrote it; delete {folder} to train from the start"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(found["tensors"][name])
+    weights: dict[str, float] = json.loads(found["weights"])
+    return weights
 
 
 def last_checkpoint(folder: Path, fingerprint: str) -> Path | None:

@@ -109,6 +109,14 @@ class Inventory:
             parts.append(part)
         parts[0].skipped.update(self.skipped)
         parts[0].examples.update(self.examples)
+        if fraction and len(parts[1]) < 2:
+            log.warning(
+                "val_fraction: %s of %d pictures holds out %d, too few to measure: the last "
+                "weights are kept and patience does nothing; raise it",
+                fraction,
+                len(self),
+                len(parts[1]),
+            )
         if len(parts[0]) < 2:
             raise InputError(
                 f"val_fraction: {fraction} of {len(self)} pictures held out leaves {len(parts[0])} "
@@ -183,6 +191,7 @@ class Stream:
         seed: int,
         use_features: bool,
         train: bool = True,
+        crop_scale: tuple[float, float] = (0.5, 1.0),
     ) -> None:
         """Prepares the order; reads nothing yet.
 
@@ -194,10 +203,11 @@ class Stream:
             seed: of the order, the texts drawn and the augmentation.
             use_features: read `features/` instead of decoding pictures.
             train: augment pictures and draw a text a picture; else the first text.
+            crop_scale: share of a picture's area that an augmented one shows (`images.augment`).
         """
         self.run, self.inventory, self.model = run, inventory, model
         self.batch_size, self.seed, self.use_features = batch_size, seed, use_features
-        self.train = train
+        self.train, self.crop_scale = train, crop_scale
         self._held: dict[str, _Pictures] = {}
 
     def batches(
@@ -328,7 +338,9 @@ class Stream:
                 f"({error}): the file is damaged. Delete it and its manifest and run `capfilt run "
                 "CONFIG` to make it again"
             ) from None
-        return augment(picture, rng, self.model.image_size_px) if self.train else picture
+        if not self.train:
+            return picture
+        return augment(picture, rng, self.model.image_size_px, self.crop_scale)
 
     def _read(self, name: str) -> "_Pictures":
         """A shard's usable pictures, or their features."""

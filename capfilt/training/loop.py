@@ -55,7 +55,6 @@ def train(
     device: str,
     others: dict[str, torch.nn.Module] | None = None,
     validate: Validate | None = None,
-    validate_every: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a model in place; its best (or averaged, or last) weights are in it afterwards.
@@ -71,15 +70,17 @@ def train(
         device: where it runs.
         others: modules with a state that must survive a stop (momentum encoders, queue).
         validate: measures the model, at the end of each epoch and of the training.
-        validate_every: steps between validations; an epoch by default.
         progress: told after each step.
 
     Returns:
         `steps`, `seconds`, and what validation found.
 
     Raises:
-        DivergenceError: the loss is NaN or infinite; names the step, the keys of the batch and the
-            last good checkpoint.
+        DivergenceError: the loss or its gradient is NaN or infinite; names the step, the keys of
+            the batch and the last good checkpoint.
+        ConfigError: the batch does not divide by the number of processes.
+        InputError: the processes don't see the same checkpoints, or a picture can't be read.
+        MismatchError: this training's checkpoint was written by other code.
         MissingExtraError: `tensorboard` is set, and not installed.
     """
     ranks.start()
@@ -139,13 +140,17 @@ def train(
             # one tensor: each read of a value off a GPU waits for it
             own = torch.stack(list(sums.values())).cpu()
             values = dict(zip(sums, ranks.average(own).tolist(), strict=True))
-            if not math.isfinite(values["loss"]):
+            finite = math.isfinite(values["loss"])
+            if finite:
+                ranks.average_gradients(model.parameters())
+                norm = torch.nn.utils.clip_grad_norm_(
+                    model.parameters(), config.clip_grad_norm or math.inf
+                )
+                finite = math.isfinite(float(norm))
+            if not finite:  # a step now would leave nothing but NaN in the weights
                 own_values = dict(zip(sums, own.tolist(), strict=True))
                 last = checkpoint.last_checkpoint(checkpoints, fingerprint)
                 raise _diverged(batch, own_values, config, f"step {step} of {steps}", last)
-            ranks.average_gradients(model.parameters())
-            if config.clip_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -164,9 +169,7 @@ def train(
                 _log(record, log_file, board, "train")
             if first and progress is not None:
                 progress(done, steps, values)
-            if validate is not None and (
-                done == steps or done % (validate_every or per_epoch) == 0
-            ):
+            if validate is not None and (done == steps or done % per_epoch == 0):
                 if first:
                     found = _validated(model, averaged, validate)
                     record = {"step": done, **{name: round(v, 5) for name, v in found.items()}}
@@ -244,15 +247,19 @@ def _draws(seed: int, step: int, purpose: int) -> int:
 def _diverged(
     batch: Batch, own: dict[str, float], config: Optim, where: str, last: Path | None
 ) -> DivergenceError:
-    """The error that names the step, the losses and the keys of the ranks where it happened."""
-    bad = not math.isfinite(own["loss"])
-    found = [report for report in ranks.gather((own, batch.keys) if bad else None) if report]
+    """The error that names the step, the losses and the keys of the ranks where it happened.
+
+    Where every loss is finite, a gradient wasn't, and all ranks have the same one.
+    """
+    everyone = ranks.gather((own, batch.keys))
+    bad = [report for report in everyone if not math.isfinite(report[0]["loss"])]
+    what, found = ("loss", bad) if bad else ("gradient", everyone)
     losses = "; ".join(
         ", ".join(f"{name} {value:g}" for name, value in own.items()) for own, _ in found
     )
     keys = [key for _, keys in found for key in keys]
     return DivergenceError(
-        f"the loss is NaN or infinite at {where} ({losses}). The batch's keys are "
+        f"the {what} is NaN or infinite at {where} ({losses}). The batch's keys are "
         f"{', '.join(keys[:8])}{', …' if len(keys) > 8 else ''}. The last good checkpoint is "
         f"{last or 'none yet'}. Lower lr (is {config.lr}), raise warmup_steps (is "
         f"{config.warmup_steps}) or set clip_grad_norm (is {config.clip_grad_norm})"

@@ -54,8 +54,7 @@ def finetune_matcher(
     inventory, held_out = take_inventory(run, sources).split(settings.val_fraction, config.seed)
     model, tokenizer, vocabulary = model_folder.start(run, config, settings)
     model = model.to(device)
-    use_features = model_folder.uses_features(config.model, settings.freeze_image)
-    make_stream = partial(Stream, run, seed=config.seed, use_features=use_features)
+    make_stream = partial(Stream, run, seed=config.seed, use_features=config.model.caches_features)
     weights: dict[str, float] = {}
     if settings.head_warmup is not None:
         everything = inventory if settings.web_pairs else take_inventory(run, ("web", "human"))
@@ -68,6 +67,7 @@ def finetune_matcher(
             seed=config.seed + 1,
             device=device,
             folder=folder,
+            fingerprint=fingerprint,
             progress=lambda done, total: progress(done, total, {}) if progress else None,
             reviewed={} if labelled is None else labelled.web_pictures,
         )
@@ -139,6 +139,7 @@ def matcher_losses(
     """ITC + ITM of one batch, and ITM of some reviewed pairs if there are any."""
     weight = objectives.pair_weights(batch, weights, device)
     features = objectives.image_features(model, batch, device)
+    pixels = objectives.learning_pixels(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
     ids, mask = objectives.tokenize(
@@ -146,7 +147,7 @@ def matcher_losses(
     )
     ids, mask = ids.to(device), mask.to(device)
     embedded = objectives.embed(model, features, ids, mask)
-    itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step, weight)
+    itc = contrast.loss(model, embedded, features, pixels, ids, mask, image_ids, step, weight)
     rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
     further: list[tuple[int, str]] = []
     for row, caption in enumerate(batch.captions):

@@ -65,6 +65,12 @@ def image_features(model: MED, batch: Batch, device: str) -> Tensor:
     return model.encode_image(batch.pixels.to(device))
 
 
+def learning_pixels(model: MED, batch: Batch, device: str) -> Tensor | None:
+    """The pictures `[B, 3, S, S]` where the image tower learns, for the momentum encoder's own."""
+    learns = any(parameter.requires_grad for parameter in model.vision.parameters())
+    return batch.pixels.to(device) if learns and batch.pixels is not None else None
+
+
 def pair_weights(batch: Batch, weights: Mapping[str, float], device: str) -> Tensor | None:
     """How much each pair of a batch counts, `[B]`; None when no pair has a weight of its own."""
     if not weights:
@@ -108,6 +114,7 @@ class Contrast:
         """
         self.config = config
         self.ramp_steps = ramp_steps
+        self.moved_at: int | None = None
         self.slow = momentum_copy(model) if config.momentum is not None else None
         self.queue = None
         if config.queue_size:
@@ -123,13 +130,31 @@ class Contrast:
         model: MED,
         embedded: Embedded,
         features: Tensor,
+        pixels: Tensor | None,
         ids: Tensor,
         mask: Tensor,
         image_ids: Tensor,
         step: int,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """The ITC loss of a step: momentum update, momentum features, loss, then the queue."""
+        """The ITC loss of a step: momentum update, momentum features, loss, then the queue.
+
+        Args:
+            model: the online model.
+            embedded: the batch in its ITC space.
+            features: `[B, P, Dv]`, what its image tower made of the pictures.
+            pixels: `[B, 3, S, S]` where that tower learns: the momentum encoders have a slow one of
+                their own. None where it is frozen, and both are the same.
+            ids: `[B, L]`, texts that start with `[CLS]`.
+            mask: `[B, L]`.
+            image_ids: `[B]`.
+            step: of the training; the momentum encoders move once in each, however many slices
+                its batch is cut into.
+            sample_weight: `[B]`, how much each pair counts.
+
+        Returns:
+            A scalar.
+        """
         images = losses.gather_with_gradient(embedded.images)
         texts = losses.gather_with_gradient(embedded.texts)
         with torch.no_grad():
@@ -138,7 +163,11 @@ class Contrast:
         if self.slow is not None:
             assert self.config.momentum is not None
             with torch.no_grad():
-                momentum_update(self.slow, model, self.config.momentum)
+                if self.moved_at != step:
+                    momentum_update(self.slow, model, self.config.momentum)
+                    self.moved_at = step
+                if pixels is not None:
+                    features = self.slow.encode_image(pixels)
                 slow_images = losses.gather_with_gradient(self.slow.embed_image(features))
                 slow_texts = losses.gather_with_gradient(self.slow.embed_text(ids, mask))
         if sample_weight is not None:
@@ -152,15 +181,12 @@ class Contrast:
             momentum_image=slow_images,
             momentum_text=slow_texts,
             queue=self.queue,
-            alpha=alpha if self.slow is not None else 0.0,
+            alpha=alpha,
             sample_weight=sample_weight,
         )
         if self.queue is not None:
-            self.queue.enqueue(
-                (images if slow_images is None else slow_images).detach(),
-                (texts if slow_texts is None else slow_texts).detach(),
-                everyone,
-            )
+            assert slow_images is not None and slow_texts is not None  # as `Itc` asks for
+            self.queue.enqueue(slow_images, slow_texts, everyone)
         return loss
 
 
@@ -191,7 +217,8 @@ def itm_objective(
         adapted: the B images' tokens, from `MED.adapt`.
         cross: keys and values of the B images.
         image_ids: `[B]`.
-        hardness: 0 draws negatives at random, 1 as the paper does.
+        hardness: 0 draws negatives at random, 1 as the paper does (at a temperature of 0.02 at
+            least).
         max_tokens: longest text.
         generator: source of the draws; in the same state on all ranks.
         further: more negatives: the image's row and a text that does not match it.

@@ -54,7 +54,8 @@ def pretrain(
         model.config,
         batch_size=settings.batch_size,
         seed=config.seed,
-        use_features=model_folder.uses_features(config.model, settings.freeze_image),
+        use_features=config.model.caches_features,
+        crop_scale=(0.2, 1.0),
     )
     vocabulary = objectives.vocabulary_in_use(
         tokenizer, inventory.all_captions(), config.captioner.prompt
@@ -72,6 +73,7 @@ def pretrain(
             seed=config.seed,
             device=device,
             folder=folder,
+            fingerprint=fingerprint,
             progress=lambda done, total: progress(done, total, {}) if progress else None,
         )
     contrast = objectives.Contrast(
@@ -124,6 +126,7 @@ def pretrain_losses(
     """ITC + ITM + LM of one batch; one pass of the image, five of the text."""
     weight = objectives.pair_weights(batch, weights, device)
     features = objectives.image_features(model, batch, device)
+    pixels = objectives.learning_pixels(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
     found: dict[str, Tensor] = {}
@@ -137,7 +140,7 @@ def pretrain_losses(
         )
         ids, mask = ids.to(device), mask.to(device)
         embedded = objectives.embed(model, features, ids, mask)
-        itc = contrast.loss(model, embedded, features, ids, mask, image_ids, step, weight)
+        itc = contrast.loss(model, embedded, features, pixels, ids, mask, image_ids, step, weight)
         adapted = model.adapt(features, embedded.known_images)
         cross = model.cross_keys_values(adapted, "encoder")
         since = step - lm_only_steps

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from capfilt.config import HeadWarmup
 from capfilt.models import losses
 from capfilt.models.med import MED, zero_last_layer
+from capfilt.models.med_files import unique_state
 from capfilt.models.text_tower import Dropout
 from capfilt.training import ranks
+from capfilt.training.checkpoint import load_warmup, save_warmup
 from capfilt.training.data import Stream
 from capfilt.training.optim import cosine_batches
 from capfilt.training.pooled import Pooled, pool_pairs
@@ -42,10 +44,14 @@ def warm_up_heads(
     seed: int,
     device: str,
     folder: Path,
+    fingerprint: str,
     progress: Callable[[int, int], None],
     reviewed: Mapping[str, bool] | None = None,
 ) -> dict[str, float]:
     """Trains the ITC heads in place and weighs the web pairs.
+
+    What it finds is kept among the training's checkpoints: a training that was stopped goes on from
+    the same heads.
 
     Args:
         model: the MED.
@@ -55,7 +61,8 @@ def warm_up_heads(
         max_tokens: longest text.
         seed: of the draws.
         device: where the model runs.
-        folder: `web_weights.json` goes there.
+        folder: of the model; `web_weights.json` and the checkpoint go there.
+        fingerprint: of the training.
         progress: told after each step.
         reviewed: web pictures whose text people found right or wrong: they weigh 1 or 0.
 
@@ -66,6 +73,9 @@ def warm_up_heads(
     torch.manual_seed(seed)
     reset_heads(model, config.dropout)
     model.config = replace(model.config, text_residual_scale=config.text_residual_scale)
+    kept = load_warmup(folder / "checkpoints", fingerprint, _found_here(model))
+    if kept is not None:
+        return kept
     pooled = pool_pairs(model, tokenizer, stream, max_tokens, device)
     web = np.flatnonzero(~pooled.human)
     everything = np.arange(len(pooled.keys))
@@ -97,7 +107,7 @@ def warm_up_heads(
         start_itm_from_itc(model, tokenizer, pooled, weights, max_tokens, seed)
     if not ranks.is_first():
         return weights
-    folder.mkdir(parents=True, exist_ok=True)
+    save_warmup(folder / "checkpoints", fingerprint, _found_here(model), weights)
     temporary = folder / "web_weights.json.tmp"
     temporary.write_text(json.dumps(weights), encoding="utf-8")
     os.replace(temporary, folder / "web_weights.json")
@@ -142,6 +152,12 @@ def reset_heads(model: MED, dropout: float) -> None:
     dropouts = [part for part in model.vision_proj.modules() if isinstance(part, Dropout)]
     for before, between in zip(dropouts[::2], dropouts[1::2], strict=True):
         before.probability, between.probability = dropout / 2, dropout
+
+
+def _found_here(model: MED) -> dict[str, Tensor]:
+    """All of a model that isn't a tower: what a warm-up may change."""
+    towers = ("vision.", "encoder.", "decoder.")
+    return {n: t for n, t in unique_state(model).items() if not n.startswith(towers)}
 
 
 def _later(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:

@@ -90,8 +90,11 @@ def test_bin_files(tmp_path: Path) -> None:
 
 def test_the_wrong_kind(tmp_path: Path) -> None:
     oracle(BlipForImageTextRetrieval, SHAPES[0], tmp_path)
-    with pytest.raises(InputError, match="this is a matcher, not a captioner"):
-        hub.load(tmp_path, kind="captioner")
+    with pytest.raises(InputError, match="this is a matcher, not a captioner: it lacks a part"):
+        hub.load(tmp_path, kinds="captioner")
+    with pytest.raises(InputError, match="this is a matcher, not a captioner or pretrained"):
+        hub.load(tmp_path, kinds=("captioner", "pretrained"))
+    assert hub.load(tmp_path, kinds=("matcher", "pretrained")).config.text_width == SHAPES[0][0]
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a checkpoint of BLIP; its keys begin: weight"):
         hub.load(tmp_path)

@@ -36,7 +36,7 @@ def batch(shape: tuple[int, ...], first: int = 101) -> tuple[Tensor, Tensor, Ten
 @pytest.mark.parametrize("first", [101, 140], ids=["cls", "enc"])
 def test_matcher(shape: tuple[int, ...], first: int, tmp_path: Path) -> None:
     blip = oracle(BlipForImageTextRetrieval, shape, tmp_path)
-    model = hub.load(tmp_path, kind="matcher")
+    model = hub.load(tmp_path, kinds="matcher")
     pixels, ids, mask = batch(shape, first)
     with torch.no_grad():
         expected = blip(ids, pixels, attention_mask=mask).itm_score
@@ -75,7 +75,7 @@ def test_captioner_logits_and_loss(shape: tuple[int, ...], tmp_path: Path) -> No
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blip_model(shape: tuple[int, ...], tmp_path: Path) -> None:
     blip = oracle(BlipModel, shape, tmp_path)
-    model = hub.load(tmp_path, kind="blip_model")
+    model = hub.load(tmp_path, kinds="blip_model")
     pixels, ids, mask = batch(shape)
     with torch.no_grad():
         expected = blip(ids, pixels, attention_mask=mask)

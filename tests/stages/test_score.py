@@ -17,14 +17,15 @@ from capfilt.inspect.embedder import open_embedder
 from capfilt.inspect.search import open_embeddings
 from capfilt.manifest import Identity
 from capfilt.models import folder as model_folder
+from capfilt.models.images import pixels
 from capfilt.models.med import MED
 from capfilt.models.med_config import MEDConfig
-from capfilt.models.tokens import load_tokenizer
+from capfilt.models.tokens import CLS_ID, ENC_ID, SEP_ID, load_tokenizer
 from capfilt.schema import CAPTIONS, IMAGES
 from capfilt.shards import RunDir, Shard
 from capfilt.stage import identify, identify_shared, run_shard
 from capfilt.stages.embed import Embedding, EmbedStage
-from capfilt.stages.score import ScoreStage
+from capfilt.stages.score import ScoreStage, score_pairs
 
 KEYS = [f"web-00000-{row:05d}" for row in range(4)]
 
@@ -128,3 +129,23 @@ def test_an_embedder_of_another_matcher_is_refused(run: RunDir) -> None:
             embedder.text("a dog")
     finally:
         weights.write_bytes(before)
+
+
+@pytest.mark.parametrize("first_token", ["enc", "cls"])
+def test_itm_starts_its_text_with_the_token_that_is_asked_for(
+    run: RunDir, first_token: str
+) -> None:
+    model, tokenizer, _ = model_folder.load(run.local("models", "matcher"))
+    shown = pixels([Image.new("RGB", (32, 32), c) for c in ("red", "blue")], 32, "vit")
+    texts, owners = ["a dog", "a cat runs", "some red"], [0, 1, 0]
+    with torch.no_grad():
+        features = model.encode_image(shown)
+        itm, _ = score_pairs(
+            model, tokenizer, features, texts, owners, Score(first_token=first_token)
+        )
+        for text, owner, probability in zip(texts, owners, itm, strict=True):
+            words = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([[{"enc": ENC_ID, "cls": CLS_ID}[first_token], *words, SEP_ID]])
+            cross = model.cross_keys_values(model.adapt(features[owner : owner + 1]))
+            logits = model.itm_logits(ids, torch.ones_like(ids), cross)
+            assert probability == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-5)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import TINY, picture, write_features, write_run, write_shard
+from small_run import TINY, picture, tiny_med, write_features, write_run, write_shard
 
+from capfilt.config import Config
 from capfilt.errors import ConfigError, InputError
 from capfilt.shards import RunDir
 from capfilt.training import data
+from capfilt.training import pretrain as pretraining
 from capfilt.training.data import Batch, Inventory, Stream, take_inventory
 
 
@@ -228,3 +230,37 @@ def test_features_are_found_by_key(tmp_path: Path) -> None:
     write_features(run, "web-00000", keys[:3], tokens, width)
     with pytest.raises(InputError, match=r"no features of 2 pictures, web-00000-00004"):
         next(stream_of(take_inventory(run, ("web",)), run, use_features=True).in_order())
+
+
+def test_pretraining_crops_further_than_finetuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path, {"human-00000": 6})
+    seen: list[tuple[float, float]] = []
+
+    def augment(image, rng, size_px, scale):  # type: ignore[no-untyped-def]
+        seen.append(scale)
+        return image
+
+    monkeypatch.setattr(data, "augment", augment)
+    inventory = take_inventory(run, ("human",))
+    for more in ({}, {"crop_scale": (0.2, 1.0)}):
+        stream = Stream(run, inventory, TINY, batch_size=2, seed=0, use_features=False, **more)
+        next(iter(stream.batches()))
+    assert set(seen) == {(0.5, 1.0), (0.2, 1.0)}
+
+    def stop(*arguments, **named):  # type: ignore[no-untyped-def]
+        raise KeyError(named["crop_scale"])
+
+    monkeypatch.setattr(pretraining, "Stream", stop)
+    monkeypatch.setattr(pretraining.model_folder, "fresh_model", lambda *_: tiny_med())
+    config = Config.model_validate(
+        {"run_dir": str(tmp_path), "human": {"pairs": "x"}, "web": {"pairs": "x"}, "model": {"preset": "base"}}
+    )  # fmt: skip
+    with pytest.raises(KeyError, match=r"\(0\.2, 1\.0\)"):
+        pretraining.pretrain(run, config, tmp_path, "a" * 64, "cpu", None)
+
+
+def test_a_split_too_small_to_validate_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    Inventory({"human-00000": np.arange(40)}, {"human-00000": [["a"]] * 40}, {"human-00000": np.arange(40)}).split(1e-6, 0)  # fmt: skip
+    assert "holds out 0, too few to measure" in caplog.text

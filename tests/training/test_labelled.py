@@ -190,6 +190,7 @@ def taught(tiny: Tiny, capfilt: Cli) -> Tiny:
     """The tiny run with a tiny matcher, finetuned without labels."""
     model_folder.save(tiny_med(), load_tokenizer(), tiny.folder / "init", vocabulary=None)
     tiny.values["model"] = {"preset": "base"}
+    tiny.values["captioner"] = {"init": str(tiny.folder / "init")}
     tiny.values["matcher"] = {
         "init": str(tiny.folder / "init"), "epochs": 30, "batch_size": 4, "lr": 3e-3, "log_every": 1,
         "labels_per_step": 8,

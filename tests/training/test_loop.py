@@ -133,6 +133,34 @@ def test_a_diverging_loss_names_step_keys_and_checkpoint(
     assert error.value.exit_code == 1
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(
+    run: Path, tmp_path: Path, clip: float | None
+) -> None:
+    kept = []
+
+    def poison(losses):
+        def poisoned(batch, step, generator):
+            found = losses(batch, step, generator)
+            if step == 6:  # the loss is as it was, its gradient is not
+                model = losses.keywords["model"]
+                weight = model.temp.expand(1)
+                weight.register_hook(lambda gradient: gradient * float("inf"))
+                found["loss"] = found["loss"] + 0.0 * weight.sum()
+                kept.append(model)
+            return found
+
+        return poisoned
+
+    values = {**FULL, "clip_grad_norm": clip}
+    with pytest.raises(
+        DivergenceError, match="the gradient is NaN or infinite at step 6 of 8"
+    ) as e:
+        train_tiny(run, tmp_path, "a" * 64, values, wrap=poison)
+    assert "step-5-aaaaaaaaaaaa.pt" in str(e.value)
+    assert all(parameter.isfinite().all() for parameter in kept[0].parameters())
+
+
 def test_a_first_step_that_diverges_says_that_there_is_no_checkpoint(
     run: Path, tmp_path: Path
 ) -> None:

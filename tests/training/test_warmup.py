@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from small_run import TINY, write_run
 
 from capfilt.config import HeadWarmup
+from capfilt.errors import MismatchError
 from capfilt.models.med import MED
+from capfilt.models.med_files import unique_state
 from capfilt.models.tokens import load_tokenizer, tokenize
 from capfilt.schema import FEATURES
 from capfilt.shards import Shard
@@ -33,7 +36,12 @@ SETTINGS = HeadWarmup(steps=120, weighted_steps=60, batch_size=32, lr=3e-3, drop
 
 
 def warm_up(model, tokenizer, stream, folder: Path, *, settings=SETTINGS, **more):
-    more = {"seed": 0, "progress": lambda done, total: None, **more}
+    more = {
+        "seed": 0,
+        "fingerprint": os.urandom(32).hex(),
+        "progress": lambda done, total: None,
+        **more,
+    }
     return warmup.warm_up_heads(
         model, tokenizer, stream, settings, max_tokens=16, device="cpu", folder=folder / "model", **more
     )  # fmt: skip
@@ -91,6 +99,40 @@ def test_the_same_seed_gives_the_same_heads(prepared, tmp_path: Path) -> None:
         weights = warm_up(model, tokenizer, stream, tmp_path, seed=3)
         results.append((weights, model.temp.item()))
     assert results[0] == results[1]
+
+
+def test_a_stopped_training_keeps_what_the_warm_up_found(
+    prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, tokenizer, stream, _ = prepared
+    config = dataclasses.replace(
+        LITE, pooled_components=16, grid_components=8, itm_bank=150, itm_words=60
+    )
+    settings = HeadWarmup(steps=20, weighted_steps=20, dropout=0.4, text_residual_scale=2.0)
+    found, seen = [], []
+    for fingerprint in ("a" * 64, "a" * 64, "b" * 64):
+        torch.manual_seed(0)
+        model = MED(config)
+        steps: list[int] = []
+        weights = warm_up(
+            model, tokenizer, stream, tmp_path, settings=settings, fingerprint=fingerprint,
+            progress=lambda done, total, steps=steps: steps.append(done),
+        )  # fmt: skip
+        found.append((weights, unique_state(model), model.config, str(model)))
+        seen.append(len(steps))
+    assert seen == [40, 0, 40]  # another training warms up its own
+    first, again = found[:2]
+    assert first[0] == again[0] and first[2:] == again[2:]
+    assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+    (path,) = (tmp_path / "model" / "checkpoints").glob("warmup-*-aaaaaaaaaaaa.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    warm_up(model, tokenizer, stream, tmp_path, settings=settings, fingerprint="a" * 64)
+    assert "the heads are warmed up anew" in caplog.text
+    with pytest.raises(MismatchError, match="another version of capfilt wrote it"):
+        warm_up(
+            MED(dataclasses.replace(config, itm_bank=100)), tokenizer, stream, tmp_path,
+            settings=settings, fingerprint="a" * 64,
+        )  # fmt: skip
 
 
 def test_the_towers_are_not_touched(prepared, tmp_path: Path) -> None:
