@@ -120,6 +120,8 @@ def generate(
 
     Raises:
         ConfigError: the settings contradict each other.
+        ValueError: the model is in training mode, names of the captions are missing, or the prompt
+            does not start with `[DEC]`.
     """
     images = cross_kv[0][0].shape[0]
     rows = images * captions_per_image

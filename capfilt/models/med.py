@@ -269,6 +269,9 @@ class MED(nn.Module):
 
         Returns:
             `[B, P', D]` for EfficientNet-Lite; the tokens themselves for a ViT.
+
+        Raises:
+            InputError: EfficientNet-Lite's tokens are of another picture size.
         """
         if self.adapter is None:
             return tokens
@@ -422,6 +425,9 @@ class MED(nn.Module):
 
         Returns:
             `[N, E]`, of length 1.
+
+        Raises:
+            InputError: a text is longer than the model has positions.
         """
         return self.project_text(self.pool_text(input_ids, mask))
 
@@ -519,6 +525,10 @@ class MED(nn.Module):
 
         Returns:
             Logits `[N, 2]`; class 1 is a match.
+
+        Raises:
+            InputError: a text is longer than the model has positions.
+            ValueError: `start` is missing.
         """
         hidden, _ = self.encoder(input_ids, mask, cross=cross_kv, image_index=image_index)
         logits: Tensor = self.itm_head(hidden[:, 0])
@@ -572,6 +582,9 @@ class MED(nn.Module):
 
         Returns:
             Logits `[N, L, V]`, or `[N, L, v]` with `vocab_ids`.
+
+        Raises:
+            InputError: a text is longer than the model has positions.
         """
         return self.lm_predict(self.lm_hidden(input_ids, mask, cross_kv, image_index), vocab_ids)
 

@@ -154,6 +154,9 @@ class Contrast:
 
         Returns:
             A scalar.
+
+        Raises:
+            ConfigError: the batch of all processes is larger than the queue.
         """
         images = losses.gather_with_gradient(embedded.images)
         texts = losses.gather_with_gradient(embedded.texts)
