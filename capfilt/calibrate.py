@@ -379,6 +379,7 @@ class _MadeUp:
         """Rows of examples: scores of pairs, read by the shards that hold their pictures."""
         import torch
 
+        from capfilt.stages.batches import autocast
         from capfilt.stages.score import score_pairs
 
         by_key: dict[str, list[_Asked]] = {}
@@ -393,14 +394,15 @@ class _MadeUp:
                 ]
                 if not wanted:
                     continue
-                itm, itc = score_pairs(
-                    model,
-                    tokenizer,
-                    features[here],
-                    [pair.text for _, pair in wanted],
-                    [place for place, _ in wanted],
-                    self.config.score,
-                )
+                with autocast(self.device, self.config.score.precision):
+                    itm, itc = score_pairs(
+                        model,
+                        tokenizer,
+                        features[here],
+                        [pair.text for _, pair in wanted],
+                        [place for place, _ in wanted],
+                        self.config.score,
+                    )
                 for (_, pair), probability, similarity in zip(wanted, itm, itc, strict=True):
                     rows.append(
                         {
@@ -423,7 +425,9 @@ class _MadeUp:
         size = self.config.score.batch_size
         for name in shards:
             shard = Shard(self.run, name)
-            yield from image_batches(shard, model, self.use_features, size, self.device)
+            yield from image_batches(
+                shard, model, self.use_features, size, self.device, self.config.score.precision
+            )
         for start in range(0, 0 if images is None else images.num_rows, size):
             assert images is not None
             part = images.slice(start, size)

@@ -95,46 +95,6 @@ def kept_quality(labels: ArrayLike, keep: ArrayLike) -> dict[str, float | None]:
     }
 
 
-def at_threshold(
-    labels: ArrayLike, scores: ArrayLike, threshold: float = 0.5
-) -> dict[str, float | None]:
-    """Judge the decisions that a threshold makes: kept is what scores at least that much.
-
-    Args:
-        labels: true for a match [N].
-        scores: scores [N]; NaN is dropped.
-        threshold: the paper's rule is 0.5 on the ITM probability.
-
-    Returns:
-        As `kept_quality`.
-
-    Raises:
-        InputError: as `kept_quality`.
-    """
-    return kept_quality(labels, np.asarray(scores) >= threshold)
-
-
-def kept_by_kind(kinds: Sequence[str], keep: ArrayLike) -> dict[str, float]:
-    """Share of the pairs of each kind (matches too, under their kind's name) that is kept.
-
-    Args:
-        kinds: name of the kind of each pair [N].
-        keep: true for a kept pair [N].
-
-    Returns:
-        Share kept by kind, by name.
-
-    Raises:
-        InputError: lengths differ.
-    """
-    names, kept = np.asarray(kinds, dtype=object), np.asarray(keep, dtype=bool)
-    if names.shape != kept.shape:
-        raise InputError(f"{names.size} kinds and {kept.size} decisions; give one each")
-    return {
-        kind: float(kept[names == kind].mean()) for kind in sorted({str(name) for name in names})
-    }
-
-
 def _labels(labels: ArrayLike) -> NDArray[np.bool_]:
     truth = np.asarray(labels, dtype=bool)
     if truth.ndim != 1 or truth.size == 0:

@@ -23,7 +23,6 @@ from capfilt.models.tokens import load_tokenizer
 from capfilt.shards import RunDir
 
 VOCABULARY = "lm_vocabulary.json"
-MARKER = "manifest.json"
 _TOWER = ("image_tower", "image_size_px", "lite_variant", "lite_levels")
 """What of a `MEDConfig` decides the image tower's output: the contents of `features/`."""
 

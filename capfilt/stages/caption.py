@@ -90,34 +90,37 @@ def caption_shard(
 
     from capfilt.models.generation import generate, read_images
     from capfilt.models.tokens import decode, prompt_ids
-    from capfilt.stages.batches import image_batches
+    from capfilt.stages.batches import autocast, image_batches
 
     options = settings.caption
     count = options.captions_per_image
     prompt = prompt_ids(tokenizer, settings.prompt)  # type: ignore[arg-type]
     rows: list[dict[str, object]] = []
     with torch.inference_mode():
-        for keys, features in image_batches(shard, model, use_features, options.batch_size, device):
-            cross, bonus = read_images(model, features, options.word_bonus, vocabulary)
+        for keys, features in image_batches(
+            shard, model, use_features, options.batch_size, device, options.precision
+        ):
             pair_ids = [f"{key}/synthetic{n}" for key in keys for n in range(count)]
-            captions = generate(
-                model,
-                cross,
-                prompt,
-                pair_ids=pair_ids,
-                seed=settings.seed,
-                method=options.method,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                temperature=options.temperature,
-                repetition_penalty=options.repetition_penalty,
-                min_length=options.min_tokens,
-                max_length=options.max_tokens,
-                num_beams=options.num_beams,
-                captions_per_image=count,
-                vocab_ids=vocabulary,
-                bonus=bonus,
-            )
+            with autocast(device, options.precision):
+                cross, bonus = read_images(model, features, options.word_bonus, vocabulary)
+                captions = generate(
+                    model,
+                    cross,
+                    prompt,
+                    pair_ids=pair_ids,
+                    seed=settings.seed,
+                    method=options.method,
+                    top_p=options.top_p,
+                    top_k=options.top_k,
+                    temperature=options.temperature,
+                    repetition_penalty=options.repetition_penalty,
+                    min_length=options.min_tokens,
+                    max_length=options.max_tokens,
+                    num_beams=options.num_beams,
+                    captions_per_image=count,
+                    vocab_ids=vocabulary,
+                    bonus=bonus,
+                )
             for pair_id, caption in zip(pair_ids, captions, strict=True):
                 rows.append(
                     {

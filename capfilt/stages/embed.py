@@ -103,7 +103,9 @@ def embed_shard(
     names = sorted((name for name, text in texts.items() if text), key=lambda n: len(texts[n]))
     vectors: dict[str, bytes] = {}
     with torch.inference_mode():
-        for keys, features in image_batches(shard, model, use_features, config.batch_size, device):
+        for keys, features in image_batches(
+            shard, model, use_features, config.batch_size, device, "fp32"
+        ):
             vectors.update(zip(keys, _float16(model.embed_image(features)), strict=True))
         for start in range(0, len(names), 2 * config.batch_size):
             part = names[start : start + 2 * config.batch_size]

@@ -86,16 +86,16 @@ def encode_shard(
     """Image tokens `[P, Dv]` of each usable picture of a shard, as float16."""
     import torch
 
-    from capfilt.models.images import open_rgb, pixels
+    from capfilt.stages.batches import pixel_batches
 
-    table = shard.read("images", ["key", "image", "reason"])
-    table = table.filter(pa.compute.is_null(table["reason"]))
+    names: list[str] = []
     rows: list[bytes] = []
-    for start in range(0, table.num_rows, BATCH):
-        pictures = [open_rgb(data.as_py()) for data in table["image"][start : start + BATCH]]
-        batch = pixels(pictures, config.image_size_px, config.image_tower).to(device)
+    for keys, batch in pixel_batches(shard, config, BATCH):
         with torch.inference_mode():
-            maps = tower(batch)
+            maps = tower(batch.to(device))
             tokens = maps.flatten(2).transpose(1, 2).to("cpu", torch.float16).numpy()
+        names += keys
         rows += [np.ascontiguousarray(row).tobytes() for row in tokens]
-    return pa.table({"key": table["key"], "tokens": pa.array(rows, pa.large_binary())})
+    return pa.table(
+        {"key": pa.array(names, pa.string()), "tokens": pa.array(rows, pa.large_binary())}
+    )

@@ -91,7 +91,7 @@ def score_shard(
     import torch
 
     from capfilt.models.tokens import clean
-    from capfilt.stages.batches import image_batches
+    from capfilt.stages.batches import autocast, image_batches
 
     images = shard.read("images", ["key", "captions", "reason", "sha256"])
     rows: dict[str, dict[str, object]] = {}
@@ -127,14 +127,15 @@ def score_shard(
     if source == "web" or config.human:
         with torch.inference_mode():
             for keys, features in image_batches(
-                shard, model, use_features, config.batch_size, device
+                shard, model, use_features, config.batch_size, device, config.precision
             ):
                 names = [pair_id for key in keys for pair_id in pairs[key]]
                 owners = [row for row, key in enumerate(keys) for _ in pairs[key]]
                 if not names:
                     continue
                 texts = [str(rows[name]["caption"]) for name in names]
-                itm, itc = score_pairs(model, tokenizer, features, texts, owners, config)
+                with autocast(device, config.precision):
+                    itm, itc = score_pairs(model, tokenizer, features, texts, owners, config)
                 for name, probability, similarity in zip(names, itm, itc, strict=True):
                     rows[name]["itm_prob"] = probability
                     rows[name]["itc_sim"] = similarity

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capfilt.config import Config, Matcher
-from capfilt.evaluation.retrieval import recall_at
+from capfilt.evaluation.retrieval import recall_at_embeds
 from capfilt.models import folder as model_folder
 from capfilt.models.med import MED
 from capfilt.shards import RunDir
@@ -198,6 +198,6 @@ def _mean_recall(
         ids, mask = objectives.tokenize(tokenizer, batch.captions, max_tokens, first_token="cls")
         images.append(model.embed_image(features))
         texts.append(model.embed_text(ids.to(device), mask.to(device)))
-    sim = (torch.cat(images) @ torch.cat(texts).T).float().cpu().numpy()
-    found = recall_at(sim, np.arange(len(sim)))["mean_recall"]
+    image, text = (torch.cat(parts).float().cpu() for parts in (images, texts))
+    found = recall_at_embeds(image, text, np.arange(len(text)))["mean_recall"]
     return {"score": found, "mean_recall": found}

@@ -57,9 +57,11 @@ def pretrain(
         use_features=config.model.caches_features,
         crop_scale=(0.2, 1.0),
     )
-    vocabulary = objectives.vocabulary_in_use(
-        tokenizer, inventory.all_captions(), config.captioner.prompt
-    )
+    vocabulary = None
+    if config.model.preset == "small":
+        vocabulary = objectives.vocabulary_in_use(
+            tokenizer, inventory.all_captions(), config.captioner.prompt
+        ).to(device)
     per_epoch = max(1, len(inventory) // settings.batch_size)
     steps = max(1, round(settings.epochs * per_epoch))
     weights: dict[str, float] = {}
@@ -84,7 +86,7 @@ def pretrain(
         model=model,
         tokenizer=tokenizer,
         contrast=contrast,
-        vocabulary=vocabulary.to(device),
+        vocabulary=vocabulary,
         weights=weights,
         settings=settings,
         lm_only_steps=round(settings.lm_only_share * steps),
@@ -116,7 +118,7 @@ def pretrain_losses(
     model: MED,
     tokenizer: Any,
     contrast: objectives.Contrast,
-    vocabulary: Tensor,
+    vocabulary: Tensor | None,
     weights: dict[str, float],
     settings: Pretrain,
     lm_only_steps: int,

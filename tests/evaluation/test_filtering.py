@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 
 from capfilt.errors import InputError
 from capfilt.evaluation.filtering import (
-    at_threshold,
     auc_by_kind,
-    kept_by_kind,
     kept_quality,
     roc_auc,
 )
@@ -40,7 +38,7 @@ def test_auc_is_the_share_of_pairs_in_order(rows: list[tuple[bool, int]]) -> Non
 def test_threshold(rows: list[tuple[bool, int]], threshold: float) -> None:
     labels, scores = [r[0] for r in rows], [r[1] / 5 for r in rows]
     kept = [y for y, s in zip(labels, scores, strict=True) if s >= threshold]
-    got = at_threshold(labels, scores, threshold)
+    got = kept_quality(labels, np.array(scores) >= threshold)
     assert got["kept"] == pytest.approx(len(kept) / len(rows))
     assert got["precision"] == (pytest.approx(sum(kept) / len(kept)) if kept else None)
     assert got["recall"] == (pytest.approx(sum(kept) / sum(labels)) if any(labels) else None)
@@ -54,11 +52,9 @@ def test_by_kind() -> None:
     scores = [0.9, 0.4, 0.5, 0.1, 0.95]
     kinds = ["clean", "clean", "foil", "swap", "swap"]
     assert auc_by_kind(labels, scores, kinds) == {"foil": 0.5, "swap": 0.5}
-    assert kept_by_kind(kinds, np.array(scores) >= 0.5) == {"clean": 0.5, "foil": 1.0, "swap": 0.5}
 
 
-def test_unscored_is_dropped_and_refused_by_the_auc() -> None:
-    assert at_threshold([True, False], [math.nan, 0.9])["recall"] == 0.0
+def test_unscored_is_refused_by_the_auc() -> None:
     with pytest.raises(InputError, match="1 of 2 scores are NaN, the first in row 0"):
         roc_auc([True, False], [math.nan, 0.9])
 
@@ -72,5 +68,3 @@ def test_refuses() -> None:
         roc_auc([True, False], [0.1])
     with pytest.raises(InputError, match="kinds"):
         auc_by_kind([True, False], [0.1, 0.2], ["a"])
-    with pytest.raises(InputError, match="kinds"):
-        kept_by_kind(["a"], [True, False])

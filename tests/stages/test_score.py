@@ -24,6 +24,7 @@ from capfilt.models.tokens import CLS_ID, ENC_ID, SEP_ID, load_tokenizer
 from capfilt.schema import CAPTIONS, IMAGES
 from capfilt.shards import RunDir, Shard
 from capfilt.stage import identify, identify_shared, run_shard
+from capfilt.stages.batches import image_batches, pixel_batches
 from capfilt.stages.embed import Embedding, EmbedStage
 from capfilt.stages.score import ScoreStage, score_pairs
 
@@ -149,3 +150,37 @@ def test_itm_starts_its_text_with_the_token_that_is_asked_for(
             cross = model.cross_keys_values(model.adapt(features[owner : owner + 1]))
             logits = model.itm_logits(ids, torch.ones_like(ids), cross)
             assert probability == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-5)
+
+
+def test_bf16_scores_nearly_the_same_and_is_other_work(run: RunDir) -> None:
+    folder = Path(run.local("models", "matcher"))
+    stages = [ScoreStage(Score(precision=p), folder, False, "web") for p in ("fp32", "bf16")]
+    shared = [identify_shared(stage, run) for stage in stages]
+    first, second = (
+        identify(stage, run, "web-00000", part) for stage, part in zip(stages, shared, strict=True)
+    )
+    assert first.fingerprint != second.fingerprint
+    full, half = (stage.open("cpu")(Shard(run, "web-00000")).to_pydict() for stage in stages)
+    scored = [row for row, error in enumerate(full["error"]) if error is None]
+    for name in ("itm_prob", "itc_sim"):
+        pairs = [(full[name][row], half[name][row]) for row in scored]
+        assert all(abs(a - b) < 0.03 for a, b in pairs) and any(a != b for a, b in pairs)
+
+
+def test_a_picture_that_was_damaged_since_is_named(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(str(tmp_path))
+    table = Shard(run, "web-00000").read("images").to_pylist()
+    table[1]["image"] = table[1]["image"][:40]
+    copy.write_table(copy.table("images", "web-00000"), pa.Table.from_pylist(table, IMAGES))
+    model, *_ = model_folder.load(run.local("models", "matcher"))
+    with pytest.raises(InputError, match=r"web-00000.* the picture web-00000-00001 could be read"):
+        list(image_batches(Shard(copy, "web-00000"), model, False, 2, "cpu", "fp32"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_batches_come_in_order_whatever_their_size(run: RunDir, size: int) -> None:
+    model, *_ = model_folder.load(run.local("models", "matcher"))
+    found = list(pixel_batches(Shard(run, "web-00000"), model.config, size))
+    assert [key for keys, _ in found for key in keys] == KEYS[:3]
+    expected = pixels([Image.new("RGB", (32, 32), c) for c in ("red", "blue", "green")], 32, "vit")
+    assert torch.equal(torch.cat([values for _, values in found]), expected)
