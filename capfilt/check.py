@@ -94,6 +94,12 @@ def _check_trainings(config: Config) -> list[str]:
     problems = [problem for step in TRAININGS if (problem := config.start_problem(step))]
     if problems:
         raise ConfigError("\n".join(problems))
+    pretrain = config.pretrain
+    if pretrain is not None and config.model.preset == "small" and pretrain.head_warmup is None:
+        return [
+            "note     the small preset learns little in one pass without pretrain.head_warmup; "
+            "pipelines/quickstart.yaml and flickr8k-small.yaml have settings that were tried"
+        ]
     return []
 
 

@@ -130,7 +130,7 @@ class Model(_Section):
     """Small preset: so many ITC heads side by side; the similarity is the mean of theirs."""
     grid_side: Positive | None = None
     """Small preset: average the feature map to so many cells a side before cross-attention reads it
-    (faster); null keeps all 7 x 7."""
+    (faster); null keeps all (7 x 7 at 224 px)."""
     grid_components: Positive | None = None
     """Small preset: principal components that each cell is reduced to before cross-attention reads
     it, found by `head_warmup`; with some thousand pictures, all channels are learned by heart. null

@@ -11,6 +11,7 @@ import pytest
 import typer.main
 
 from capfilt import cli
+from capfilt.config import Config
 from capfilt.schema import contract_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,13 +20,8 @@ README = ROOT / "README.md"
 TESTED = {
     "make demo": "test_quickstart.py, reduced; whole under `slow`",
     "make test": "this suite",
-    "make check": "run by .ci/run",
-    "make test-slow": "the tests marked slow",
-    "make docs": "test_the_generated_parts_are_in_step",
     "pip install -e .": "test_packages.py, under `slow`",
     'pip install -e ".[inspect]"': "made by `make test`",
-    'pip install -e ".[test]"': "made by `make test`",
-    "pip install capfilt": "as `pip install -e .`",
     "capfilt inspect runs/quickstart": "inspect/test_browser.py and test_cli.py (it serves until ^C)",
     "capfilt calibrate pipelines/quickstart.yaml --target precision=0.95": (
         "test_calibrate.py (it needs labels)"
@@ -122,6 +118,26 @@ def test_generating_twice_changes_nothing() -> None:
     assert generate(text) == text
 
 
+def test_what_stands_for_a_command_stands_for_one_of_the_readme() -> None:
+    assert set(TESTED) <= set(command_lines())
+
+
+def test_the_quickstarts_header_has_the_readmes_figures() -> None:
+    """Wall time, AUC, right, kept and named captions."""
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| `([^`]+)`", README.read_text(encoding="utf-8"), re.M
+    )
+    figures = [
+        figure.split(",")[0]
+        for what, figure, command in rows
+        if "quickstart_quality" in command or what.startswith("whole quickstart")
+    ]
+    header = (
+        (ROOT / "pipelines" / "quickstart.yaml").read_text(encoding="utf-8").split("run_dir")[0]
+    )
+    assert len(figures) == 5 and [one for one in figures if one not in header] == []
+
+
 def test_the_readme_has_commands() -> None:
     assert "make demo" in command_lines() and "make test" in command_lines()
 
@@ -146,6 +162,16 @@ def test_a_command_of_the_readme(line: str) -> None:
         from capfilt.config import load
 
         load(ROOT / config, tuple(context.params.get("overrides") or ()))
+
+
+def test_the_yaml_blocks_are_configs() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    found = [Config.model_validate(yaml.safe_load(block)) for block in blocks]
+    assert len(found) >= 4
+    for config in found:
+        assert [
+            p for step in ("pretrain", "captioner", "matcher") if (p := config.start_problem(step))
+        ] == []
 
 
 def test_links_and_paths_are_there() -> None:
