@@ -266,7 +266,7 @@ def _features(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
         return None
     from capfilt.stages.features import FeaturesStage
 
-    shards = image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, config, ("human", "web"))
     return _run_tables(FeaturesStage(config.model), run_dir, shards, config, redo, report)
 
 
@@ -441,7 +441,9 @@ def _caption(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
         Path(run_dir.local("models", "captioner")),
         caches_features(config),
     )
-    return _run_tables(stage, run_dir, image_shards(run_dir, ("web",)), config, redo, report)
+    return _run_tables(
+        stage, run_dir, image_shards(run_dir, config, ("web",)), config, redo, report
+    )
 
 
 def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
@@ -449,10 +451,11 @@ def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stage
     from capfilt.stages.score import ScoreStage
 
     folder = Path(run_dir.local("models", "matcher"))
+    image_shards(run_dir, config, ("human", "web"))  # both are there before one is scored
     results = []
     for source in ("human", "web"):
         stage = ScoreStage(config.score, folder, caches_features(config), source)
-        shards = image_shards(run_dir, (source,))
+        shards = image_shards(run_dir, config, (source,))
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
         if config.score.store_embeddings:
             embedding = Embedding(
@@ -469,14 +472,14 @@ def _filter(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.stages.decide import FilterStage
 
     stage = FilterStage(config.filter, run_dir)
-    shards = image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, config, ("human", "web"))
     return _run_tables(stage, run_dir, shards, config, redo, report)
 
 
 def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.stages.export import ExportStage
 
-    shards = image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, config, ("human", "web"))
     cited = config.filter.calibration
     stage = ExportStage(config.export, None if cited is None else Path(cited))
     return _run_tables(stage, run_dir, shards, config, redo, report)

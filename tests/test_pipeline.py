@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,53 @@ def test_a_shorter_list_is_an_error_or_cleared(tiny: Tiny) -> None:
     do(tiny, "filter", "export")
     for table in ("decisions", "export"):
         assert tiny.run.shards(table, ("web",)) == ["web-00000"], table
+
+
+@pytest.mark.parametrize("list_is_there", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_later_steps_wait_for_a_shard_that_is_not_finished(
+    tiny: Tiny, list_is_there: bool, told: bool
+) -> None:
+    """It must not look as if the list had become shorter: their work would be cleared away."""
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter", "export")
+    if not told:  # manifests of before said nothing of the list
+        for name in tiny.run.shards("images"):
+            path = Path(tiny.run.manifest("images", name))
+            record = json.loads(path.read_text())
+            assert record.pop("list_shards") == {"web": 3, "human": 2}[name.split("-")[0]]
+            path.write_text(json.dumps(record))
+    tiny.run.remove(tiny.run.manifest("images", "web-00002"))
+    if not list_is_there:
+        (tiny.folder / "web.jsonl").rename(tiny.folder / "moved.jsonl")
+    if told or list_is_there:
+        tiny.values["matcher"] = {"itm": {"web_negatives": 0.5}}
+        for step in ("features", "matcher", "caption", "score", "filter", "export"):
+            with pytest.raises(InputError, match=r"lacks web-00002 .*`capfilt ingest CONFIG`"):
+                do(tiny, step)
+        assert len(tiny.run.shards("decisions")) == len(tiny.run.shards("export")) == 5
+    else:
+        assert [result.skipped for result in do(tiny, "export")] == [4]
+
+
+def test_later_steps_need_no_list(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    for source in ("human", "web"):
+        (tiny.folder / f"{source}.jsonl").unlink()
+    assert [result.done for result in do(tiny, "filter", "export", "report")] == [5, 5, 1]
+
+
+def test_later_steps_need_shards_of_both_sources(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter")
+    for name in tiny.run.shards("images", ("web",)):
+        tiny.run.remove(tiny.run.manifest("images", name))
+    with pytest.raises(InputError, match=r"no finished shards of web pairs: run `capfilt ingest"):
+        do(tiny, "filter")
+    assert len(tiny.run.shards("decisions")) == 5
 
 
 def test_a_shard_that_fails_stops_after_its_step(tiny: Tiny) -> None:

@@ -148,6 +148,10 @@ class DownloadStage:
         """The list: its digest is part of the identity."""
         return {"urls": Path(str(self.settings.web.urls))}
 
+    def citation(self) -> dict[str, Any]:
+        """How many shards the list makes: later steps know by it when one is not finished."""
+        return {"list_shards": len(list_shards(self.settings))}
+
     def open(self, device: str) -> Transform:
         """Reads the list; the function that it returns starts img2dataset when it needs to."""
         fetch = _Fetch(self, _open_list(self.settings), Path(self.run.local("download")))

@@ -5,7 +5,7 @@ import stat
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -154,6 +154,10 @@ class IngestStage:
         """The list: its digest is part of the identity."""
         pairs = _section(self.settings, self.source).pairs
         return {"pairs": Path(pairs)} if pairs is not None else {}
+
+    def citation(self) -> dict[str, Any]:
+        """How many shards the list makes: later steps know by it when one is not finished."""
+        return {"list_shards": len(list_shards(self.settings, self.source))}
 
     def open(self, device: str) -> Transform:
         """Reads the list; the function that it returns reads a shard's pictures."""

@@ -22,7 +22,12 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 def shard_names(source: str, rows: int, shard_size: int) -> list[str]:
     """`web-00000`, … for so many rows."""
-    return [f"{source}-{number:05d}" for number in range(math.ceil(rows / shard_size))]
+    return numbered_shards(source, math.ceil(rows / shard_size))
+
+
+def numbered_shards(source: str, count: int) -> list[str]:
+    """The names of the first so many shards of a source."""
+    return [f"{source}-{number:05d}" for number in range(count)]
 
 
 def shard_rows(table: pa.Table, shard: str, shard_size: int) -> pa.Table:
