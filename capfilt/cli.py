@@ -150,7 +150,7 @@ def download(
         bool,
         typer.Option(
             "--retry-failed",
-            help="Fetch again the shards that hold a picture which could not be fetched.",
+            help="Fetch once more the pictures that could not be fetched; the others stay.",
         ),
     ] = False,
     as_json: JsonOption = False,
@@ -166,11 +166,13 @@ def download(
     if retry_failed:
         from capfilt import pipeline
 
-        forgotten = pipeline.forget_failed(_load(config, overrides))
+        failed = pipeline.failed_shards(_load(config, overrides))
         if not quiet:
-            named = ", ".join(forgotten) or "none"
+            named = ", ".join(failed) or "none"
             print(f"shards with pictures that could not be fetched: {named}", file=sys.stderr)
-    _run(config, overrides, ("download",), "download" if redo else None, as_json, quiet, verbose)
+    step = "download"
+    redone = step if redo else None
+    _run(config, overrides, (step,), redone, as_json, quiet, verbose, retry=retry_failed)
 
 
 _STEPS = {
@@ -536,6 +538,7 @@ def _run(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    retry: bool = False,
 ) -> None:
     start = time.perf_counter()
     _logging(verbose)
@@ -544,7 +547,7 @@ def _run(
     from capfilt.training import ranks
 
     with _Progress(quiet or not ranks.is_first()) as progress:
-        results = pipeline.run(config, steps=steps, redo=redo, report=progress.update)
+        results = pipeline.run(config, steps=steps, redo=redo, retry=retry, report=progress.update)
     if not ranks.is_first():
         return
     worked = sum(result.done for result in results)

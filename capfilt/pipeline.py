@@ -26,7 +26,7 @@ from capfilt.identities import (
 )
 from capfilt.manifest import Identity
 from capfilt.shards import RunDir
-from capfilt.stage import Stage, identify, identify_shared
+from capfilt.stage import Stage
 from capfilt.training import ranks
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def run(
     *,
     steps: tuple[str, ...] = ORDER,
     redo: str | None = None,
+    retry: bool = False,
     report: Report = _ignore,
 ) -> list[StageResult]:
     """Runs steps of a run; what is done already is skipped.
@@ -91,6 +92,7 @@ def run(
         steps: which ones; all by default.
         redo: replace this step's work, and that of the steps after it, where it was done with
             another config.
+        retry: let `download` fetch once more what could not be fetched.
         report: told how far each step is.
 
     Returns:
@@ -108,7 +110,10 @@ def run(
             continue
         result = None
         if ranks.is_first() or step in TRAININGS:
+            first = retry_failed(config, report) if retry and step == "download" else None
             result = _RUNNERS[step](run_dir, config, step in replaceable, report)
+            if first is not None and result is not None:
+                result = _with_retried(first, result)
         ranks.wait()  # the next step reads what the first process wrote
         if result is None:
             continue
@@ -206,11 +211,8 @@ def _demo_server(config: Config, needed: bool) -> Iterator[None]:
         yield
 
 
-def forget_failed(config: Config) -> list[str]:
-    """Makes pending the downloaded shards in which a picture could not be fetched.
-
-    Returns:
-        Their names.
+def failed_shards(config: Config) -> tuple[str, ...]:
+    """The downloaded shards that hold a picture which could not be fetched.
 
     Raises:
         UsageError: the run downloads nothing.
@@ -218,21 +220,28 @@ def forget_failed(config: Config) -> list[str]:
     """
     if config.web.urls is None:
         raise UsageError("web.urls is not set: this run downloads nothing that could be retried")
-    from capfilt.stages.download import DownloadStage, list_shards
+    from capfilt.stages.download import DownloadStage
 
+    return DownloadStage(RunDir(config.run_dir), config).with_failures()
+
+
+def retry_failed(config: Config, report: Report = _ignore) -> StageResult:
+    """Fetches once more the pictures that could not be fetched; all others stay as they are.
+
+    Raises:
+        UsageError: the run downloads nothing, or its shards were downloaded with another config.
+    """
+    from capfilt.stages.download import DownloadStage
+
+    shards = failed_shards(config)
     run_dir = RunDir(config.run_dir)
-    stage = DownloadStage(run_dir, config)
-    forgotten = []
-    shared = identify_shared(stage, run_dir)
-    for shard in list_shards(config):
-        path = run_dir.manifest("images", shard)
-        done = manifest.is_done(run_dir, path, identify(stage, run_dir, shard, shared))
-        record = manifest.read(run_dir, path)
-        if done and record is not None and record["counts"].get("download_failed"):
-            forgotten.append(shard)
-    for shard in forgotten:
-        run_dir.remove(run_dir.manifest("images", shard))
-    return forgotten
+    stage = DownloadStage(run_dir, config, shards)
+
+    def progress(result: StageResult, done: int, total: int) -> None:
+        report(Update(stage.name, done, total, "shards", note_of(result)))
+
+    with _demo_server(config, needed=bool(shards)):
+        return run_stage(stage, run_dir, list(shards), again=True, progress=progress)
 
 
 def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
@@ -246,6 +255,16 @@ def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
         shards = list_shards(config, source)
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
     return _merged("ingest", results)
+
+
+def _with_retried(retried: StageResult, result: StageResult) -> StageResult:
+    """What a download did, with the shards that it retried before and then found finished."""
+    result.done += retried.done
+    result.skipped -= retried.done + len(retried.failed)
+    result.rows += retried.rows
+    result.seconds += retried.seconds
+    result.failed.update(retried.failed)
+    return result
 
 
 def _merged(name: str, results: list[StageResult]) -> StageResult:

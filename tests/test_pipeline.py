@@ -162,7 +162,7 @@ def downloading(tiny: Tiny) -> Config:
     return load(tiny.config)
 
 
-def test_retry_forgets_only_shards_with_failures(tiny: Tiny) -> None:
+def test_retry_names_only_shards_with_failures_and_leaves_them_signed(tiny: Tiny) -> None:
     from capfilt.stage import identify, identify_shared
     from capfilt.stages.download import DownloadStage
 
@@ -174,17 +174,17 @@ def test_retry_forgets_only_shards_with_failures(tiny: Tiny) -> None:
         identity = identify(stage, tiny.run, name, shared)
         path = tiny.run.manifest("images", name)
         manifest.sign(tiny.run, path, identity, rows=3, counts=counted, seconds=1)
-    assert pipeline.forget_failed(config) == ["web-00001"]
-    assert tiny.run.shards("images") == ["web-00000"]
-    assert stage.pending() == ["web-00001", "web-00002"]
+    assert pipeline.failed_shards(config) == ("web-00001",)
+    assert tiny.run.shards("images") == ["web-00000", "web-00001"]
+    assert stage.pending() == ["web-00002"]
     tiny.values["download"]["timeout_s"] = 3
     with pytest.raises(MismatchError, match=r"timeout_s"):
-        pipeline.forget_failed(load(tiny.config))
+        pipeline.failed_shards(load(tiny.config))
 
 
 def test_nothing_to_retry_where_nothing_is_downloaded(tiny: Tiny) -> None:
     with pytest.raises(UsageError, match=r"web\.urls is not set"):
-        pipeline.forget_failed(load(tiny.config))
+        pipeline.failed_shards(load(tiny.config))
 
 
 def test_the_demo_serves_only_when_something_is_pending(tiny: Tiny) -> None:

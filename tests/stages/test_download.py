@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from capfilt import demo
+from capfilt import demo, pipeline
 from capfilt.config import Config
 from capfilt.engine.local import StageResult, run_stage
-from capfilt.errors import InputError, MismatchError
+from capfilt.errors import InputError, MismatchError, PartialError
 from capfilt.shards import RunDir
 from capfilt.stages import download
 from capfilt.stages.download import DownloadStage, list_shards
@@ -36,6 +36,7 @@ def download(url_list, output_folder, number_sample_per_shard, **options):
     with open(os.environ["FAKE_CALLS"], "a") as calls:
         calls.write(json.dumps({"url_list": url_list, **options}) + "\\n")
     rows = pq.read_table(url_list).to_pylist()
+    pq.write_table(pq.read_table(url_list), os.path.dirname(os.environ["FAKE_CALLS"]) + "/asked.parquet")
     for number, start in enumerate(range(0, len(rows), number_sample_per_shard)):
         out = []
         for row in reversed(rows[start : start + number_sample_per_shard]):
@@ -236,6 +237,60 @@ def test_raw_shards_of_a_killed_run_are_used_unless_the_config_changed(fake: Pat
     run(other)
     assert len(calls(fake)) == 2
     assert len(table(other)) == 8
+
+
+def retry(settings: Config) -> StageResult:
+    (result,) = pipeline.run(settings, steps=("download",), retry=True)
+    return result
+
+
+def test_a_retry_fetches_only_what_failed_and_keeps_the_rest(fake: Path) -> None:
+    names = ["good.png", "late.png", "cut.jpg", "", "late.jpg", "good.jpg", "gone.png"]
+    write_csv(fake / "urls.csv", [(f"http://h/{name}" if name else "", name) for name in names])
+    settings = config(fake, shard_size=2)
+    run(settings)
+    before = table(settings)
+    for path in (fake / "web").iterdir():
+        path.rename(path.with_name(f"{path.name}.away"))
+    signed = {path: path.read_bytes() for path in (fake / "run/images").iterdir()}
+    result = retry(settings)
+    assert (result.done, result.skipped, result.failed) == (4, 0, {})
+    assert table(settings) == before, "what the server has lost since stays"
+    tables = {path for path in signed if path.suffix == ".parquet"}
+    assert all(path.read_bytes() == signed[path] for path in tables), "later steps stay done"
+    (fake / "web/late.png").write_bytes(encoded((20, 20)))
+    (fake / "web/late.jpg").write_text("no picture")
+    result = retry(settings)
+    assert result.counts == {"ok": 3, "image_unreadable": 2, "download_failed": 2}
+    asked = [name for name in pq.read_table(fake / "asked.parquet")["url"].to_pylist()]
+    assert asked == ["http://h/late.png", "http://h/late.jpg", "http://h/gone.png"]
+    after = table(settings)
+    assert (after[1]["reason"], after[1]["width"], after[4]["reason"]) == (
+        None,
+        20,
+        "image_unreadable",
+    )
+    assert [row for place, row in enumerate(after) if place not in (1, 4)] == [
+        row for place, row in enumerate(before) if place not in (1, 4)
+    ]
+    assert run(settings).skipped == 4
+    assert [path.name for path in (fake / "run/download").iterdir()] == ["img2dataset.log"]
+
+
+def test_a_retry_that_breaks_off_leaves_what_was_there(fake: Path) -> None:
+    names = ["good.png", "late.png", "good.png", "crash.png"]
+    write_csv(fake / "urls.csv", [(f"http://h/{name}", name) for name in names])
+    (fake / "web/fixed").touch()
+    settings = config(fake, shard_size=2)
+    run(settings)
+    before = table(settings)
+    (fake / "web/fixed").unlink()
+    with pytest.raises(PartialError, match=r"did not finish the retry of shard web-00000"):
+        retry(settings)
+    assert table(settings) == before and run(settings).skipped == 2
+    (fake / "web/fixed").touch()
+    (fake / "web/crash.png").write_bytes(encoded((20, 20)))
+    assert retry(settings).counts == {"ok": 3, "download_failed": 1}
 
 
 def test_another_config_is_an_error_and_redo_replaces(fake: Path) -> None:
