@@ -159,14 +159,18 @@ def is_done(run: RunDir, path: str, identity: Identity, *, stale_is_pending: boo
         return True
     if stale_is_pending:
         return False
-    keys = differences(record, asdict(identity))
-    listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in keys)
     raise MismatchError(
         f"{path} was made with another config or input; nothing was overwritten. What differs:\n"
-        f"{listed}\n"
+        f"{listed_differences(record, identity)}\n"
         f"Set it back, choose another run_dir, or redo this stage and those after it with "
         f"`capfilt run CONFIG --redo {identity.stage}`"
     )
+
+
+def listed_differences(record: Mapping[str, Any], identity: Identity) -> str:
+    """What differs between a manifest and an identity, a line each, for messages."""
+    keys = differences(record, asdict(identity))
+    return "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in keys)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

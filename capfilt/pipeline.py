@@ -14,7 +14,7 @@ from typing import Any
 from capfilt import manifest
 from capfilt.config import Config
 from capfilt.engine.local import StageResult, run_stage
-from capfilt.errors import MismatchError, PartialError, UsageError
+from capfilt.errors import InputError, MismatchError, PartialError, UsageError
 from capfilt.identities import (
     caches_features,
     identify_finetuning,
@@ -26,7 +26,7 @@ from capfilt.identities import (
 )
 from capfilt.manifest import Identity
 from capfilt.shards import RunDir
-from capfilt.stage import Stage
+from capfilt.stage import Stage, identify, identify_shared
 from capfilt.training import ranks
 
 log = logging.getLogger(__name__)
@@ -495,10 +495,40 @@ def _filter(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     return _run_tables(stage, run_dir, shards, config, redo, report)
 
 
+def _check_decisions(run_dir: RunDir, config: Config, shards: list[str]) -> None:
+    """What is exported and reported must be what this config's filter decides.
+
+    Raises:
+        InputError: a shard isn't decided yet.
+        MismatchError: one was decided by another filter, or before it was scored anew.
+    """
+    from capfilt.stages.decide import FilterStage
+
+    stage = FilterStage(config.filter, run_dir)
+    shared = identify_shared(stage, run_dir)
+    for shard in shards:
+        path = run_dir.manifest("decisions", shard)
+        record = manifest.read(run_dir, path)
+        if record is None:
+            raise InputError(
+                f"{path} is not there, so {shard} is not decided yet: run `capfilt filter CONFIG` "
+                "first, or `capfilt run CONFIG`"
+            )
+        identity = identify(stage, run_dir, shard, shared)
+        if record["fingerprint"] != identity.fingerprint:
+            raise MismatchError(
+                f"{path} was decided with another config or input than this one's, so nothing was "
+                f"written. What differs:\n{manifest.listed_differences(record, identity)}\n"
+                "Decide anew with `capfilt filter CONFIG` (and its --set, if it had any), or set "
+                "it back"
+            )
+
+
 def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.stages.export import ExportStage
 
     shards = image_shards(run_dir, config, ("human", "web"))
+    _check_decisions(run_dir, config, shards)
     cited = config.filter.calibration
     stage = ExportStage(config.export, None if cited is None else Path(cited))
     return _run_tables(stage, run_dir, shards, config, redo, report)
@@ -507,6 +537,7 @@ def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
 def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.inspect.report import report_identity
 
+    _check_decisions(run_dir, config, image_shards(run_dir, config, ("human", "web")))
     result = StageResult("report")
     identity = report_identity(run_dir, config)
     path = run_dir.at("report.manifest.json")

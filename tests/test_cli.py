@@ -204,9 +204,10 @@ def test_the_light_steps_import_no_torch(tiny: Tiny, capfilt: Cli) -> None:
 def test_results_on_stdout(tiny: Tiny, capfilt: Cli) -> None:
     capfilt("ingest", tiny.config)
     tiny.score()
-    said = capfilt("filter", tiny.config, "--set", "filter.itm_threshold=0.8")
+    tiny.values["filter"] = {"itm_threshold": 0.8}
+    said = capfilt("filter", tiny.config)
     assert said.out.startswith("filter: 12 rows in ") and "kept" in said.err
-    again = capfilt("filter", tiny.config, "--set", "filter.itm_threshold=0.8")
+    again = capfilt("filter", tiny.config)
     assert again.out.startswith("nothing to do") and "done before" in again.err
     capfilt("export", tiny.config)
     page = capfilt("report", tiny.config).out.strip()

@@ -57,6 +57,37 @@ def test_another_threshold_needs_no_redo(tiny: Tiny) -> None:
     assert [result.done for result in results] == [0, 5, 5, 1]
 
 
+def test_export_and_report_take_no_decisions_of_another_filter(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    with pytest.raises(InputError, match=r"not decided yet: run `capfilt filter CONFIG`"):
+        do(tiny, "report")
+    tiny.values["filter"] = {"itm_threshold": 0.9}
+    do(tiny, "filter", "export", "report")
+    page = Path(tiny.run.at("report.html"))
+    before = page.read_bytes()
+    tiny.values["filter"] = {"itm_threshold": 0.4}
+    for step in ("export", "report"):
+        with pytest.raises(
+            MismatchError,
+            match=r"filter\.itm_threshold: 0\.9 there, 0\.4 now(.|\n)*`capfilt filter CONFIG`",
+        ):
+            do(tiny, step)
+    assert page.read_bytes() == before
+    assert [result.done for result in do(tiny, "filter", "export", "report")] == [5, 5, 1]
+    # scored anew
+    manifest.sign(
+        tiny.run,
+        tiny.run.manifest("scores", "web-00000"),
+        Identity("score", 2, {}),
+        rows=3,
+        counts={},
+        seconds=0,
+    )
+    with pytest.raises(MismatchError, match=r"upstream\.scores"):
+        do(tiny, "export")
+
+
 def test_changed_content_makes_later_work_stale(tiny: Tiny) -> None:
     """The fingerprint of the pictures stays; what is fetched again may be other bytes."""
     do(tiny, "ingest")
