@@ -5,9 +5,10 @@ size, workers) don't decide the output and stay out of the fingerprints.
 """
 
 import difflib
+import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,8 +26,13 @@ def _runtime(default: Any, description: str, **kwargs: Any) -> Any:
 
 
 class _Section(BaseModel):
+    # strict: a YAML `off` must not become the number 0
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -627,6 +633,12 @@ _UniqueKeyLoader.add_constructor(
     yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
     _unique_mapping,
 )
+# YAML 1.1, which PyYAML reads, takes 1e-4 and 1.0e4 for text
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -637,7 +649,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"--set {override!r}: expected key.subkey=value, as in --set filter.itm_threshold=0.6"
         )
     try:
-        value = yaml.safe_load(raw)
+        value = yaml.load(raw, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
     for part in parts[:-1]:
@@ -661,10 +673,21 @@ def _explain(problem: Any, text: str) -> str:
     if problem["type"] == "missing":
         return f"{at}: required, and not there"
     message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], bool) and _may_be_null(location):
+        message += "; write null to turn it off"
     return f"{at}: {message} (is {problem['input']!r})"
 
 
+def _may_be_null(location: list[str]) -> bool:
+    field = _section_at(location[:-1]).model_fields[location[-1]]
+    return type(None) in get_args(field.annotation)
+
+
 def _fields_at(location: list[str]) -> list[str]:
+    return list(_section_at(location).model_fields)
+
+
+def _section_at(location: list[str]) -> type[_Section]:
     section: Any = Config
     for part in location:
         annotation = section.model_fields[part].annotation
@@ -674,7 +697,7 @@ def _fields_at(location: list[str]) -> list[str]:
             for choice in choices
             if isinstance(choice, type) and issubclass(choice, _Section)
         )
-    return list(section.model_fields)
+    return cast(type[_Section], section)
 
 
 def _line_of(location: list[str], text: str) -> int | None:

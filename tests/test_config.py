@@ -50,6 +50,14 @@ def test_the_smallest_config_has_the_papers_defaults(tmp_path: Path) -> None:
         (MINIMAL + "pretrain:\n  itc:\n    que_size: 1\n", r"pretrain\.itc\.que_size \(line 8\).*'queue_size'"),
         (MINIMAL + "demo:\n  serve: a\n  prt: 1\n", r"demo\.prt \(line 8\): unknown key; did you mean 'port'"),
         (MINIMAL + "seed: many\n", r"seed \(line 6\): .*integer.* \(is 'many'\)"),
+        (MINIMAL + "seed: true\n", r"seed \(line 6\): .*integer \(is True\)"),
+        (MINIMAL + 'seed: "5"\n', r"seed \(line 6\): .*integer \(is '5'\)"),
+        (MINIMAL + "filter:\n  top_fraction: off\n", r"filter\.top_fraction \(line 7\): .*number; write null to turn it off \(is False\)"),
+        (MINIMAL + "filter:\n  itc_threshold: off\n", r"filter\.itc_threshold \(line 7\): .*write null"),
+        (MINIMAL + "filter:\n  best_of: on\n", r"filter\.best_of \(line 7\): .*integer; write null .*True"),
+        (MINIMAL + "pretrain:\n  itc:\n    momentum: no\n", r"pretrain\.itc\.momentum \(line 8\): .*write null"),
+        (MINIMAL + "pretrain:\n  lr: '1e-4'\n", r"pretrain\.lr \(line 7\): .*number \(is '1e-4'\)"),
+        (MINIMAL + "export:\n  human: 1\n", r"export\.human \(line 7\): .*boolean"),
         (MINIMAL + "filter:\n  itm_threshold: 1.5\n", r"filter\.itm_threshold \(line 7\): .*less than or equal to 1 \(is 1\.5\)"),
         (MINIMAL + "pretrain:\n  lr: .inf\n", r"pretrain\.lr \(line 7\): .*finite"),
         (MINIMAL + "pretrain:\n  lr: .nan\n", r"pretrain\.lr \(line 7\)"),
@@ -144,6 +152,15 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "lr"),
+    [("1e-4", 1e-4), ("2E3", 2000.0), ("1.5e2", 150.0), ("1.0e-3", 0.001), ("3", 3.0)],
+)
+def test_numbers_with_an_exponent(tmp_path: Path, text: str, lr: float) -> None:
+    assert load(write(tmp_path, MINIMAL), (f"matcher.lr={text}",)).matcher.lr == lr
+    assert load(write(tmp_path, MINIMAL + f"matcher:\n  lr: {text}\n")).matcher.lr == lr
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("seed", r"--set 'seed': expected key\.subkey=value"),
@@ -151,6 +168,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("score..x=1", r"expected key\.subkey=value"),
         ("run_dir.x=1", r"'run_dir' holds a value, not a section"),
         ("seed=[1", r"the value is not YAML"),
+        ("filter={best_of: 1, best_of: 2}", r"the value is not YAML.*'best_of' is there twice"),
         ("score.bach_size=1", r"score\.bach_size.*unknown key; did you mean 'batch_size'"),
     ],
 )
