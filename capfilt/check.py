@@ -164,6 +164,7 @@ def _check_run(config: Config) -> list[str]:
                 run_dir,
                 run_dir.manifest(stage.table, shard),
                 identify(stage, run_dir, shard, shared),
+                table=run_dir.table(stage.table, shard),
             )
             for shard in shards
         )

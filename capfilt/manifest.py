@@ -139,13 +139,21 @@ def signature(record: Mapping[str, Any]) -> str:
     return f"{fingerprint}:{record['sha256']}" if "sha256" in record else fingerprint
 
 
-def is_done(run: RunDir, path: str, identity: Identity, *, stale_is_pending: bool = False) -> bool:
-    """Whether the work at `path` is signed with this identity.
+def is_done(
+    run: RunDir,
+    path: str,
+    identity: Identity,
+    *,
+    table: str | None = None,
+    stale_is_pending: bool = False,
+) -> bool:
+    """Whether the work at `path` is signed with this identity, and there.
 
     Args:
         run: the run folder.
         path: of the manifest.
         identity: what would be done now.
+        table: the file that it signs: without it nothing is done.
         stale_is_pending: work of another identity counts as not done (and will be replaced)
             instead of being an error.
 
@@ -156,7 +164,7 @@ def is_done(run: RunDir, path: str, identity: Identity, *, stale_is_pending: boo
     if record is None:
         return False
     if record["fingerprint"] == identity.fingerprint:
-        return True
+        return table is None or run.exists(table)
     if stale_is_pending:
         return False
     raise MismatchError(

@@ -163,7 +163,8 @@ class Shard:
                 return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False)
         except FileNotFoundError:
             raise InputError(
-                f"{path} is missing although its manifest is there; delete the manifest to redo it"
+                f"{path} is missing although its manifest is there: run the step that writes "
+                f"{table}/ again, or `capfilt run CONFIG`"
             ) from None
         except pa.ArrowInvalid as error:
             raise InputError(

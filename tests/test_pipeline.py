@@ -5,6 +5,7 @@ import pytest
 from tiny import COLOURS, Tiny, picture
 
 from capfilt import manifest, pipeline
+from capfilt.check import check
 from capfilt.config import Config, load
 from capfilt.engine.local import StageResult
 from capfilt.errors import InputError, MismatchError, PartialError, UsageError
@@ -55,6 +56,20 @@ def test_another_threshold_needs_no_redo(tiny: Tiny) -> None:
     tiny.values["filter"] = {"itm_threshold": 0.9}
     results = do(tiny, "ingest", "filter", "export", "report")
     assert [result.done for result in results] == [0, 5, 5, 1]
+
+
+def test_a_table_that_is_gone_is_made_again(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter", "export")
+    for table, step in (("images", "ingest"), ("decisions", "filter"), ("export", "export")):
+        path = Path(tiny.run.table(table, "web-00001"))
+        before = path.read_bytes()
+        path.unlink()
+        (result,) = do(tiny, step)
+        assert result.done == 1 and path.read_bytes() == before
+    Path(tiny.run.table("images", "web-00001")).unlink()
+    assert any("4 of 5 shards" in line for line in check(load(tiny.config)))
 
 
 def test_export_and_report_take_no_decisions_of_another_filter(tiny: Tiny) -> None:
@@ -205,6 +220,7 @@ def test_retry_names_only_shards_with_failures_and_leaves_them_signed(tiny: Tiny
         identity = identify(stage, tiny.run, name, shared)
         path = tiny.run.manifest("images", name)
         manifest.sign(tiny.run, path, identity, rows=3, counts=counted, seconds=1)
+        tiny.run.write_text(tiny.run.table("images", name), "pictures")
     assert pipeline.failed_shards(config) == ("web-00001",)
     assert tiny.run.shards("images") == ["web-00000", "web-00001"]
     assert stage.pending() == ["web-00002"]

@@ -77,7 +77,13 @@ def run_stage(
     for name in shards:
         identity = identify(stage, run, name, shared)
         path = run.manifest(stage.table, name)
-        done = manifest.is_done(run, path, identity, stale_is_pending=redo or stage.cheap)
+        done = manifest.is_done(
+            run,
+            path,
+            identity,
+            table=run.table(stage.table, name),
+            stale_is_pending=redo or stage.cheap,
+        )
         if done and not again:
             result.skipped += 1
             record = manifest.read(run, path)

@@ -174,6 +174,7 @@ class DownloadStage:
                 self.run,
                 self.run.manifest(self.table, shard),
                 identify(self, self.run, shard, shared),
+                table=self.run.table(self.table, shard),
                 stale_is_pending=True,
             )
         ]
@@ -187,8 +188,9 @@ class DownloadStage:
         shared = identify_shared(self, self.run)
         found = []
         for shard in list_shards(self.settings):
-            path = self.run.manifest(self.table, shard)
-            if manifest.is_done(self.run, path, identify(self, self.run, shard, shared)):
+            path, made = self.run.manifest(self.table, shard), self.run.table(self.table, shard)
+            identity = identify(self, self.run, shard, shared)
+            if manifest.is_done(self.run, path, identity, table=made):
                 record = manifest.read(self.run, path)
                 if record is not None and record["counts"].get("download_failed"):
                     found.append(shard)

@@ -81,6 +81,16 @@ def test_all_shards_once(tmp_path: Path) -> None:
     assert stage.opened == ["cpu"], "weights are not loaded when there is nothing to do"
 
 
+def test_a_table_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    run_stage(Toy(), run, NAMES)
+    Path(run.table("decisions", NAMES[2])).unlink()
+    stage = Toy()
+    result = run_stage(stage, run, NAMES)
+    assert (result.done, result.skipped, stage.ran) == (1, 3, [NAMES[2]])
+    assert run.exists(run.table("decisions", NAMES[2]))
+
+
 def test_a_shard_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     run = RunDir(str(tmp_path))
     result = run_stage(Toy(broken=frozenset(NAMES[1:3])), run, NAMES)
