@@ -5,19 +5,30 @@ size, workers) don't decide the output and stay out of the fingerprints.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from capfilt.errors import ConfigError
 from capfilt.expression import compile_expression, own_columns_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A path; `~` is the home folder."""
 
 
 def _runtime(default: Any, description: str, **kwargs: Any) -> Any:
@@ -39,9 +50,9 @@ class _Section(BaseModel):
 class Human(_Section):
     """The human-labelled pairs: pictures in a folder, texts in a list."""
 
-    pairs: str
+    pairs: LocalPath
     """JSONL, CSV, TSV or Parquet file; one row a picture."""
-    images: str | None = None
+    images: LocalPath | None = None
     """Folder that the picture paths start from; the folder of `pairs` by default."""
     image_column: str = "image"
     """Column with the picture's path."""
@@ -54,13 +65,13 @@ class Human(_Section):
 class Web(_Section):
     """The noisy pairs: a list of URLs to download, or pictures that are already on disk."""
 
-    urls: str | None = None
+    urls: LocalPath | None = None
     """CSV, TSV, JSONL or Parquet file with a URL and a text a row. Fetched by `download`."""
     url_column: str = "url"
     """Column with the URL."""
-    pairs: str | None = None
+    pairs: LocalPath | None = None
     """As `human.pairs`: pictures that are on disk. Read by `ingest`. Give this or `urls`."""
-    images: str | None = None
+    images: LocalPath | None = None
     """As `human.images`."""
     image_column: str = "image"
     """Column with the picture's path, for `pairs`."""
@@ -79,7 +90,7 @@ class Web(_Section):
 class Demo(_Section):
     """For the demo: serve a folder on loopback while `download` fetches from it."""
 
-    serve: str
+    serve: LocalPath
     """The folder to serve."""
     port: int = Field(18780, ge=1, le=65535)
     """The port on 127.0.0.1; the URLs in `web.urls` name it."""
@@ -444,7 +455,7 @@ class Filter(_Section):
     fused_threshold: float | None = Field(None, ge=-1, le=1)
     """Drop a web or synthetic text whose fused score is below this; null is off. Example:
     `fused_threshold: 0.4`"""
-    calibration: str | None = _runtime(
+    calibration: LocalPath | None = _runtime(
         None,
         "File of `capfilt calibrate`: drop a web or synthetic text that is below its source's "
         "threshold for the precision that was asked for; null is off. The file's digest, not its "
@@ -453,7 +464,7 @@ class Filter(_Section):
     expression: str | None = None
     """Drop a web or synthetic text for which this condition over the columns of its scores and its
     picture does not hold. Example: `expression: "width >= 200 and words(caption) >= 3"`"""
-    columns: str | None = _runtime(
+    columns: LocalPath | None = _runtime(
         None,
         "A table of your own (CSV, TSV, JSONL or Parquet) with one row a pair or picture: a column "
         "`pair_id`, `uid`, `key` or `url` that says which, and others that `expression` names as "
@@ -526,7 +537,7 @@ class Report(_Section):
 class Config(_Section):
     """One run."""
 
-    run_dir: str
+    run_dir: LocalPath
     """Folder that the run writes to; relative to the working directory."""
     seed: int = Field(0, ge=0)
     """Of every random draw."""

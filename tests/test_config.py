@@ -103,6 +103,24 @@ def test_a_config_that_is_not_there_names_those_that_are(
         load("latin.yaml")
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = MINIMAL.replace("runs/x", "~/x").replace("human.jsonl", "~/human.jsonl")
+    config = load(write(tmp_path, text), ("filter.columns=~/own.csv", "human.images=~"))
+    assert (config.run_dir, config.human.pairs) == (f"{tmp_path}/x", f"{tmp_path}/human.jsonl")
+    assert (config.filter.columns, config.human.images) == (f"{tmp_path}/own.csv", None)
+    assert load(write(tmp_path, MINIMAL), ("human.images='~'",)).human.images == str(tmp_path)
+    assert load(write(tmp_path, MINIMAL), ("run_dir=s3://b/~x",)).run_dir == "s3://b/~x"
+
+
+@pytest.mark.parametrize(
+    "key", ["run_dir", "human.pairs", "human.images", "web.urls", "filter.columns"]
+)
+def test_a_path_is_not_empty(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}\b.*at least 1 character"):
+        load(write(tmp_path, MINIMAL), (f"{key}=''",))
+
+
 def test_labels_need_a_training(tmp_path: Path) -> None:
     text = MINIMAL + "matcher:\n  checkpoint: some/model\n  labels: runs/x/labels\n"
     with pytest.raises(ConfigError, match=r"matcher \(line 6\): `labels` needs a training"):
