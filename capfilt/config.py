@@ -449,7 +449,9 @@ class Filter(_Section):
     """For synthetic texts, in the place of `itc_threshold`; null takes that for both, -1 drops
     none. Example: `synthetic_itc_threshold: 0.3`"""
     drop_duplicates: bool = True
-    """Keep the same picture with the same text only once. Example: `drop_duplicates: false`"""
+    """Keep the same picture with the same text only once: a pair that the rules over scores and
+    columns leave, rather human than web, and rather web than synthetic. Example:
+    `drop_duplicates: false`"""
     fuse: Fuse = Fuse()
     """The fused score, a weighted mean of ITM and ITC. Example: `fuse: {itm: 0.7, itc: 0.3}`"""
     fused_threshold: float | None = Field(None, ge=-1, le=1)
