@@ -25,7 +25,7 @@ from capfilt.identities import (
     start_weights,
 )
 from capfilt.manifest import Identity
-from capfilt.shards import RunDir
+from capfilt.shards import RunDir, locked
 from capfilt.stage import Stage, identify, identify_shared
 from capfilt.training import ranks
 
@@ -99,10 +99,23 @@ def run(
         A result for each step.
 
     Raises:
-        UsageError: inputs are missing, or the folder holds work of another config.
+        UsageError: inputs are missing, the folder holds work of another config, or another process
+            is writing into it.
         PartialError: shards failed; the others are done.
     """
     run_dir = RunDir(config.run_dir)
+    with locked(run_dir) if ranks.is_first() else contextlib.nullcontext():
+        return _run_steps(run_dir, config, steps, redo, retry, report)
+
+
+def _run_steps(
+    run_dir: RunDir,
+    config: Config,
+    steps: tuple[str, ...],
+    redo: str | None,
+    retry: bool,
+    report: Report,
+) -> list[StageResult]:
     replaceable = ORDER[ORDER.index(redo) :] if redo else ()
     results: list[StageResult] = []
     for step in ORDER:
@@ -562,11 +575,13 @@ def report_without_config(run_dir: RunDir) -> None:
 
     Raises:
         InputError: nothing was decided yet.
+        UsageError: another process is writing into the folder.
     """
     from capfilt.inspect.report import write_report
 
-    write_report(run_dir, None)
-    run_dir.remove(run_dir.at("report.manifest.json"))
+    with locked(run_dir):
+        write_report(run_dir, None)
+        run_dir.remove(run_dir.at("report.manifest.json"))
 
 
 _RUNNERS: dict[str, Callable[[RunDir, Config, bool, Report], StageResult | None]] = {

@@ -14,6 +14,7 @@ from tiny import Said, Tiny
 
 from capfilt import cli, pipeline
 from capfilt.errors import PartialError
+from capfilt.shards import locked
 
 Cli = Callable[..., Said]
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,27 @@ def test_a_shard_that_fails(tiny: Tiny, capfilt: Cli) -> None:
     assert "web-00000" in said.err and "Traceback" not in said.err
     assert lines[-1] == f"resume with: capfilt export '{with_space}'"
     assert len(tiny.run.shards("export")) == 4
+
+
+def test_a_run_that_is_being_written_is_left_alone_and_may_be_read(
+    tiny: Tiny, capfilt: Cli
+) -> None:
+    assert capfilt("ingest", tiny.config).code == 0
+    tiny.score()
+    assert capfilt("filter", tiny.config).code == 0
+    run = tiny.run.path
+    with locked(tiny.run):
+        for words in (
+            ["run", tiny.config],
+            ["filter", tiny.config],
+            ["report", tiny.config],
+            ["report", run],
+        ):
+            said = capfilt(*words)
+            assert said.code == 2 and f"written by process {os.getpid()} on " in said.err, words
+        for words in (["status", tiny.config], ["check", tiny.config], ["inspect", run, "--text"]):
+            assert capfilt(*words).code == 0, words
+    assert capfilt("report", run).code == 0
 
 
 def test_steps_that_come_too_early_say_what_to_run(tiny: Tiny, capfilt: Cli) -> None:

@@ -12,11 +12,21 @@ from capfilt.errors import InputError, MismatchError, PartialError, UsageError
 from capfilt.manifest import Identity
 from capfilt.pipeline import Update
 from capfilt.schema import REASONS
-from capfilt.shards import RunDir, Shard
+from capfilt.shards import RunDir, Shard, locked
 
 
 def do(tiny: Tiny, *steps: str, redo: str | None = None) -> list[StageResult]:
     return pipeline.run(load(tiny.config), steps=steps, redo=redo)
+
+
+def test_only_the_first_of_several_processes_locks(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locked(tiny.run):
+        with pytest.raises(UsageError, match="is being written by"):
+            do(tiny, "ingest")
+        monkeypatch.setattr(pipeline.ranks, "is_first", lambda: False)
+        assert do(tiny, "ingest") == []
 
 
 def test_steps_run_in_order_and_report(tiny: Tiny) -> None:
