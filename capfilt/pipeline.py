@@ -562,6 +562,7 @@ def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.inspect.report import write_report
 
     start = time.perf_counter()
+    run_dir.remove_unfinished(run_dir.at("report."))
     write_report(run_dir, config)
     result.done, result.seconds = 1, time.perf_counter() - start
     manifest.sign(run_dir, path, identity, rows=0, counts={}, seconds=result.seconds)

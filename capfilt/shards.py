@@ -146,6 +146,19 @@ class RunDir:
         if self.exists(path):
             self._fs.rm(path, recursive=True)
 
+    def remove_unfinished(self, start: str) -> None:
+        """Deletes what killed processes left of writing files whose paths begin with `start`.
+
+        Only in a local folder, which is locked: elsewhere another process may be writing them.
+        """
+        folder, prefix = os.path.split(start)
+        if not self.is_local or not self.exists(folder):
+            return
+        for path in self._fs.ls(folder, detail=False):
+            name = os.path.basename(path)
+            if name.startswith(prefix) and name.endswith(".tmp"):
+                self._fs.rm(path)
+
     def _write(
         self, path: str, write: Callable[[BinaryIO], object], unsign: str | None = None
     ) -> str:

@@ -68,6 +68,16 @@ def test_another_threshold_needs_no_redo(tiny: Tiny) -> None:
     assert [result.done for result in results] == [0, 5, 5, 1]
 
 
+def test_what_a_killed_process_left_of_the_report_is_removed(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter")
+    for name in ("report.html.0a1b2c3d.tmp", "report.manifest.json.0a1b2c3d.tmp", "mine.tmp"):
+        Path(tiny.run.at(name)).write_text("half")
+    do(tiny, "report")
+    assert [path.name for path in Path(tiny.run.path).glob("*.tmp")] == ["mine.tmp"]
+
+
 def test_a_table_that_is_gone_is_made_again(tiny: Tiny) -> None:
     do(tiny, "ingest")
     tiny.score()

@@ -92,6 +92,7 @@ def run_stage(
             pending.append((name, identity))
     transform = None
     if pending:
+        run.remove_unfinished(run.at(stage.table, ""))
         transform = stage.open(device if isinstance(device, str) else device())
     for position, (name, identity) in enumerate(pending):
         assert transform is not None
