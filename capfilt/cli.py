@@ -62,7 +62,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log more o
 
 
 def main() -> None:
-    """Runs the command line; errors that capfilt explains become one message and an exit code."""
+    """Runs the command line; errors that can be explained become one message and an exit code."""
     try:
         app()
     except CapfiltError as error:
@@ -70,6 +70,13 @@ def main() -> None:
         if isinstance(error, PartialError):
             print(_resume(), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # a full disk, a folder that may not be written, a network that is gone
+        logging.getLogger(__name__).info("where it happened", exc_info=True)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
+        print(_resume(), file=sys.stderr)
+        sys.exit(CapfiltError.exit_code)
     except SystemExit as stop:
         # what typer makes of an interrupt
         if stop.code == 130:

@@ -130,6 +130,8 @@ def _check(node: ast.expr, text: str, depth: int = 0) -> None:
         case ast.Constant():
             if not isinstance(node.value, bool | int | float | str):
                 raise refuse("is no number, text or truth value (None goes with `is` only)")
+            if isinstance(node.value, int) and node.value >= 1 << 63:
+                raise refuse("is too large for a whole number of 64 bits; write it as in 1e30")
             children = []
         case ast.Call():
             name = node.func.id if isinstance(node.func, ast.Name) else None

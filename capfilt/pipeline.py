@@ -327,7 +327,17 @@ def _train(
         note = " ".join(f"{name} {value:.3f}" for name, value in values.items() if name != "loss")
         report(Update(step, done, total, "steps", note))
 
-    found = train(run_dir, config, folder, identity.fingerprint, device, progress)
+    from safetensors import SafetensorError
+
+    try:
+        found = train(run_dir, config, folder, identity.fingerprint, device, progress)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from error
+    except RuntimeError as error:
+        # how torch.save tells of a full disk
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
     result.done = 1
     result.rows = int(found.get("pictures", 0))
     result.seconds = time.perf_counter() - start

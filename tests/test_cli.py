@@ -280,6 +280,43 @@ def test_interrupted(tiny: Tiny, capfilt: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert said.code == 130 and said.err.splitlines()[-1].startswith("resume with: capfilt ingest")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="resource limits")
+def test_a_full_disk_is_one_message(tiny: Tiny, capfilt: Cli) -> None:
+    capfilt("ingest", tiny.config)
+    tiny.score()
+    capfilt("filter", tiny.config)
+    found = subprocess.run(
+        [
+            "bash",
+            "-c",
+            'ulimit -f 4; exec "$0" -m capfilt.cli report "$1"',
+            sys.executable,
+            tiny.config,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = found.stderr.splitlines()
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert lines[-2] == "error: File too large; what is finished is kept"
+    assert lines[-1] == f"resume with: capfilt report {tiny.config}"
+    assert not list(Path(tiny.run.path).glob("report*")), "nothing half written"
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    tiny: Tiny, capfilt: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "run/images")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    said = capfilt("ingest", tiny.config)
+    assert said.code == 1 and "error: run/images: Permission denied; what is" in said.err
+    assert "Traceback" not in said.err
+
+
 def test_resume_line_quotes(monkeypatch: pytest.MonkeyPatch, capfilt: Cli, tiny: Tiny) -> None:
     def fail(*_: object, **__: object) -> None:
         raise PartialError("some failed")

@@ -44,6 +44,8 @@ def test_the_smallest_config_has_the_papers_defaults(tmp_path: Path) -> None:
         ("run_dir: a\nrun_dir: b\n", r"key 'run_dir' is there twice.*line 2"),
         ("? [a]\n: b\n", r"a key must be plain text"),
         ("a: \x00\n", r"not valid YAML"),
+        (f"a: {'[' * 3000}{']' * 3000}\n", r"not valid YAML.*recursion"),
+        (MINIMAL + "filter:\n  expression: width > 99999999999999999999\n", r"filter\.expression \(line 7\): .*too large for a whole number of 64 bits"),
         (MINIMAL + "seeed: 1\n", r"seeed \(line 6\): unknown key; did you mean 'seed'\?"),
         (MINIMAL + "zzz: 1\n", r"zzz \(line 6\): unknown key; known here: run_dir, seed"),
         (MINIMAL + "score:\n  batchsize: 1\n", r"score\.batchsize \(line 7\): unknown key; did you mean 'batch_size'"),

@@ -277,6 +277,29 @@ def test_models_wait_for_what_they_read(tiny: Tiny) -> None:
         do(tiny, "matcher")
 
 
+@pytest.mark.parametrize("how", ["safetensors", "torch"])
+def test_a_full_disk_in_a_training_is_an_os_error(tiny: Tiny, how: str) -> None:
+    from safetensors import SafetensorError
+
+    def train(*_: object) -> dict[str, object]:
+        if how == "safetensors":
+            raise SafetensorError("I/O error: No space left on device")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail] unexpected pos") from None
+
+    identity = Identity("captioner", 1, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        pipeline._train(identity, tiny.run, load(tiny.config), False, pipeline._ignore, train)
+
+    def broken(*_: object) -> dict[str, object]:
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        pipeline._train(identity, tiny.run, load(tiny.config), False, pipeline._ignore, broken)
+
+
 def test_status_reads_manifests_only(tiny: Tiny) -> None:
     do(tiny, "ingest")
     path = tiny.run.at("models", "matcher", "manifest.json")

@@ -109,16 +109,17 @@ def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                plain = _plain_row(row)
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{yaml_key}: {path}, line {number} is not JSON: {error}"
                 ) from None
-            if not isinstance(row, dict):
+            if plain is None:
                 raise InputError(f"{yaml_key}: {path}, line {number} is not an object: {row!r}")
-            for name in row.keys() - columns.keys():
+            for name in plain.keys() - columns.keys():
                 columns[name] = [None] * rows
             for name, values in columns.items():
-                values.append(_plain(row.get(name)))
+                values.append(plain.get(name))
             rows += 1
     # one type a column: a list where any row has one
     made = {}
@@ -131,6 +132,13 @@ def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
         else:
             made[name] = pa.array(values, pa.string())
     return pa.table(made)
+
+
+def _plain_row(row: Any) -> dict[str, str | list[str] | None] | None:
+    """A line of JSON as the values of a row; None where it is no object."""
+    if not isinstance(row, dict):
+        return None
+    return {name: _plain(value) for name, value in row.items()}
 
 
 def _plain(value: Any) -> str | list[str] | None:

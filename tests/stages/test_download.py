@@ -391,6 +391,22 @@ def test_the_child_dies_with_its_parent(fake: Path) -> None:
         ("urls.csv", b"url,text\na,\xff\n", {}, r"can't be read as csv.*(UTF8|utf-8)"),
         ("urls.jsonl", '{"url": "a"\n', {}, r"urls\.jsonl, line 1 is not JSON"),
         ("urls.jsonl", '{"url": "a", "text": "b"}\n[1]\n', {}, r"line 2 is not an object: \[1\]"),
+        (
+            "urls.jsonl",
+            '{"a": ' + "[" * 5000 + "]" * 5000 + "}",
+            {},
+            r"line 1 is not JSON: .*recursion",
+        ),
+        # deep enough to be read, and too deep to be written
+        *(
+            (
+                "urls.jsonl",
+                '{"a": ' + "[" * deep + "]" * deep + "}",
+                {},
+                r"line 1 is not JSON|no column 'url'",
+            )
+            for deep in range(900, 1000, 5)
+        ),
         ("urls.parquet", "no", {}, r"can't be read as parquet"),
         ("urls.txt", "a", {}, r"is not a file ending in \.csv"),
     ],
