@@ -38,6 +38,7 @@ from capfilt.stages.lists import (
     shard_names,
     shard_rows,
     text_column,
+    warn_of_line_breaks,
 )
 from capfilt.stages.pictures import (
     Limits,
@@ -160,8 +161,9 @@ class DownloadStage:
         """Reads the list; the function that it returns starts img2dataset when it needs to."""
         if self.retry:
             return _Retry(self, Path(self.run.local("download")) / "retry").convert
-        fetch = _Fetch(self, _open_list(self.settings), Path(self.run.local("download")))
-        return fetch.convert
+        listed = _open_list(self.settings)
+        warn_of_line_breaks(listed.table, listed.url_column, listed.path)
+        return _Fetch(self, listed, Path(self.run.local("download"))).convert
 
     def pending(self) -> list[str]:
         """The shards that are not signed with this identity."""

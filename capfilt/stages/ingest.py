@@ -23,6 +23,7 @@ from capfilt.stages.lists import (
     shard_names,
     shard_rows,
     text_column,
+    warn_of_line_breaks,
 )
 from capfilt.stages.pictures import (
     Limits,
@@ -162,6 +163,7 @@ class IngestStage:
     def open(self, device: str) -> Transform:
         """Reads the list; the function that it returns reads a shard's pictures."""
         listed = _open_list(self.settings, self.source)
+        warn_of_line_breaks(listed.table, listed.image_column, listed.path)
         return partial(self._read_shard, listed)
 
     def _read_shard(self, listed: _Input, shard: Shard) -> pa.Table:

@@ -1,7 +1,9 @@
 """Reading the lists that a run starts from: one row a picture, as CSV, TSV, JSONL or Parquet."""
 
+import contextlib
 import csv
 import json
+import logging
 import math
 import os
 from functools import lru_cache
@@ -9,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from capfilt.errors import InputError
+
+log = logging.getLogger(__name__)
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
 """Where the text is looked for when the config names no column, in this order."""
@@ -87,17 +92,89 @@ def _read(path: str, yaml_key: str, mtime_ns: int, size: int) -> pa.Table:
 
 
 def _read_delimited(path: str, delimiter: str) -> pa.Table:
+    if delimiter == "\t":
+        # a TSV's row is a line, and a quote need not be closed
+        with contextlib.suppress(pa.ArrowInvalid):
+            return _without_quotes(_read_rows(path, delimiter, quotes=False))
+    table = _read_rows(path, delimiter, quotes=True)
+    if any(_line_breaks(column) for column in table.columns):
+        _check_quotes(path, delimiter)
+    return table
+
+
+def _read_rows(path: str, delimiter: str, quotes: bool) -> pa.Table:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file, delimiter=delimiter), [])
+        # empty lines are skipped below, too
+        if quotes:
+            lines = csv.reader(file, delimiter=delimiter)
+        else:
+            lines = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        header = next(filter(None, lines), [])
     if not header:
         return pa.table({})
     return pa.csv.read_csv(
         path,
         # a row may not be longer than a block
         read_options=pa.csv.ReadOptions(block_size=16 << 20),
-        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        parse_options=pa.csv.ParseOptions(
+            delimiter=delimiter, quote_char='"' if quotes else False, newlines_in_values=quotes
+        ),
         convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
     )
+
+
+def _without_quotes(table: pa.Table) -> pa.Table:
+    """Names and values that stand in quotes as a whole, as what the quotes hold."""
+    columns = [_unquoted(column) for column in table.columns]
+    names = _unquoted(pa.array(table.column_names, pa.string())).to_pylist()
+    return pa.Table.from_arrays(columns, names=names)
+
+
+def _unquoted(values: Any) -> Any:
+    quoted = pc.match_substring_regex(values, '^"([^"]|"")*"$')
+    inner = pc.replace_substring(pc.utf8_slice_codeunits(values, 1, -1), '""', '"')
+    return pc.if_else(quoted, inner, values)
+
+
+def _line_breaks(column: pa.ChunkedArray) -> int:
+    """How many texts of a column hold a line break."""
+    if not pa.types.is_string(column.type):
+        return 0
+    return int(pc.sum(pc.match_substring_regex(column, "[\r\n]")).as_py() or 0)
+
+
+def _check_quotes(path: str, delimiter: str) -> None:
+    """A quote that is not closed makes one value of all rows up to the next one.
+
+    Arrow doesn't mind; Python's reader does.
+
+    Raises:
+        csv.Error: there is one.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        start = 1
+        try:
+            for _ in rows:
+                start = rows.line_num + 1
+        except csv.Error as error:
+            raise csv.Error(
+                f"the row that begins in line {start}: {error}. A quote there isn't closed, or "
+                "stands inside a value without being doubled"
+            ) from None
+
+
+def warn_of_line_breaks(table: pa.Table, column: str, path: str) -> None:
+    """Says so when a URL or path holds a line break: rows may have run together."""
+    found = _line_breaks(table.column(column))
+    if found:
+        log.warning(
+            "%s: %d of column %r hold a line break: is a quote in the wrong place?",
+            path,
+            found,
+            column,
+        )
 
 
 def _read_jsonl(path: str, yaml_key: str) -> pa.Table:

@@ -387,6 +387,24 @@ def test_the_child_dies_with_its_parent(fake: Path) -> None:
             {},
             r"web\.urls: .*can't be read as csv.*Expected 2 columns",
         ),
+        (
+            "urls.csv",
+            'url,text\nu1,a\nu2,"b\nu3,c\n',
+            {},
+            r"row that begins in line 3: unexpected end .* isn't closed",
+        ),
+        (
+            "urls.csv",
+            'url,text\nu1,"x\n"\nu2,"b\nu3,"c\nu4,d\n',
+            {},
+            r"row that begins in line 4: .* isn't closed",
+        ),
+        (
+            "urls.tsv",
+            "url\ttext\nu1\ta\tb\n",
+            {},
+            r"can't be read as tsv.*Expected 2 columns, got 3",
+        ),
         ("urls.csv", "url,url,text\na,b,c\n", {}, r"a column twice"),
         ("urls.csv", b"url,text\na,\xff\n", {}, r"can't be read as csv.*(UTF8|utf-8)"),
         ("urls.jsonl", '{"url": "a"\n', {}, r"urls\.jsonl, line 1 is not JSON"),
@@ -434,6 +452,31 @@ def test_lists_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
         listed = download._open_list(config(tmp_path, web={"urls": str(tmp_path / f"l.{suffix}")}))
         assert (listed.url_column, listed.caption_column) == ("URL", "TEXT")
         assert listed.table.to_pylist() == rows, suffix
+
+
+def test_a_row_of_a_tsv_is_a_line(tmp_path: Path) -> None:
+    """An opening quote that nothing closes takes no further rows with it."""
+    path = tmp_path / "l.tsv"
+    path.write_text(
+        '"url"\tcaption\nu1\t"hello world\nu2\tfoo\nu3\t"bar ""baz"""\nu4\tx"\nu5\t""\n'
+    )
+    listed = download._open_list(config(tmp_path, web={"urls": str(path)}))
+    assert listed.table["url"].to_pylist() == ["u1", "u2", "u3", "u4", "u5"]
+    assert listed.table["caption"].to_pylist() == ['"hello world', "foo", 'bar "baz"', 'x"', ""]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_empty_lines_are_no_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"l.{suffix}"
+    path.write_text("\n\nurl,caption\n\nu1,x\n\n".replace(",", "," if suffix == "csv" else "\t"))
+    listed = download._open_list(config(tmp_path, web={"urls": str(path)}))
+    assert listed.table.to_pylist() == [{"url": "u1", "caption": "x"}]
+
+
+def test_line_breaks_in_urls_are_told(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_csv(fake / "urls.csv", [("http://h/a\nhttp://h/b", "x"), ("http://h/good.png", "y\nz")])
+    run(config(fake))
+    assert "1 of column 'url' hold a line break" in caplog.text
 
 
 def test_limit_and_a_list_that_changed(tmp_path: Path) -> None:
