@@ -354,8 +354,8 @@ def check(
 ) -> None:
     """Check the config and that its inputs are there; do nothing else.
 
-    Looks at the lists and their columns, the folders, the weights, and whether the run folder holds
-    work of another config.
+    Looks at the lists and their columns, the folders, the weights, what the filter reads, and
+    whether the run folder holds work of another config.
 
     Example: capfilt check pipelines/quickstart.yaml
     """

@@ -116,6 +116,11 @@ def _run_steps(
     retry: bool,
     report: Report,
 ) -> list[StageResult]:
+    if "filter" in steps and len(steps) > 1:
+        from capfilt.stages.decide import FilterStage
+
+        # before hours of training, and not after them
+        FilterStage(config.filter, run_dir).read_inputs()
     replaceable = ORDER[ORDER.index(redo) :] if redo else ()
     results: list[StageResult] = []
     for step in ORDER:

@@ -71,12 +71,7 @@ class FilterStage:
         """
         found = {}
         if self.config.calibration is not None:
-            found["calibration"] = path = Path(self.config.calibration)
-            if not path.is_file():
-                raise InputError(
-                    f"filter.calibration: {path} is not there; write it with `capfilt calibrate "
-                    "CONFIG`, or set filter.calibration: null"
-                )
+            found["calibration"] = calibration_file(self.config.calibration)
         if self.config.columns is not None and _own_columns(self.config):
             found["columns"] = path = Path(self.config.columns)
             if not path.is_file():
@@ -87,6 +82,23 @@ class FilterStage:
         """What the calibration promised."""
         return cite(self.config.calibration)
 
+    def read_inputs(self) -> "tuple[Calibration | None, Own | None]":
+        """The calibration and the user's table, where the config names them.
+
+        Needs no scores: what doesn't fit is found before a run comes to them.
+
+        Raises:
+            ConfigError: the expression does not fit the columns' types.
+            InputError: a file is missing, or not what it should be.
+        """
+        self.weights()
+        cited, expression = self.config.calibration, self.config.expression
+        calibration = None if cited is None else read_calibration(cited)
+        own = read_own(self.config)
+        if expression is not None:
+            _check_types(expression, own)
+        return calibration, own
+
     def open(self, device: str) -> Transform:
         """Finds what needs the whole run, once: the duplicates and where the top fraction ends.
 
@@ -95,15 +107,10 @@ class FilterStage:
             InputError: the calibration is of another matcher, or lacks a source.
         """
         config = self.config
-        calibration = None
-        if config.calibration is not None:
-            calibration = read_calibration(config.calibration)
+        calibration, own = self.read_inputs()
+        if calibration is not None:
             for name in self.run.shards("scores", ("web",)):
                 calibration.check_matcher(self.run, name)
-        own = None
-        if config.expression is not None:
-            own = read_own(config)
-            _check_types(config.expression, own)
         rules = Rules(config, pa.array([], pa.string()), calibration, own=own)
         if config.drop_duplicates:
             found = sorted(find_duplicates(self.run, rules))
@@ -111,6 +118,20 @@ class FilterStage:
         if config.top_fraction is not None:
             rules = replace(rules, cut=find_cut(self.run, rules))
         return partial(decide, rules=rules)
+
+
+def calibration_file(path: str) -> Path:
+    """Where `filter.calibration` lies.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not Path(path).is_file():
+        raise InputError(
+            f"filter.calibration: {path} is not there; write it with `capfilt calibrate CONFIG`, "
+            "or set filter.calibration: null"
+        )
+    return Path(path)
 
 
 @dataclass(frozen=True)
@@ -464,12 +485,20 @@ def _evaluate(expression: str, table: pa.Table) -> pa.ChunkedArray:
 
 
 def _check_types(expression: str, own: Own | None = None) -> None:
-    """Tries the expression on no rows, so that a wrong type is found before anything is decided."""
-    kinds = {name: SCORES.field(name).type for name in SCORE_COLUMNS}
-    kinds |= {name: IMAGES.field(name).type for name in IMAGE_COLUMNS}
+    """Tries the expression on a made-up row, so that a mistake is found before anything is decided.
+
+    A row, and not none: a regular expression is read only when there is something to match.
+    """
+    fields = [SCORES.field(name) for name in SCORE_COLUMNS]
+    fields += [IMAGES.field(name) for name in IMAGE_COLUMNS]
+    columns = {
+        field.name: pa.array(["a" if pa.types.is_string(field.type) else 1], field.type)
+        for field in fields
+    }
     if own is not None:
-        kinds |= {each.name: each.type for each in own.table.schema if each.name != own.by}
-    _evaluate(expression, pa.table({name: pa.array([], kind) for name, kind in kinds.items()}))
+        first = own.table.slice(0, 1)
+        columns |= {name: first[name] for name in first.column_names if name != own.by}
+    _evaluate(expression, pa.table(columns))
 
 
 # --- top fraction --------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from capfilt.stage import Transform, identify, identify_shared
 from capfilt.stages.lists import (
     CAPTION_COLUMNS,
     caption_lists,
+    check_texts,
     find_column,
     read_list,
     shard_names,
@@ -109,6 +110,7 @@ def _open_list(config: Config) -> _Input:
     url_column = find_column(table, (web.url_column,), web.urls, "web.url_column")
     wanted = (web.caption_column,) if web.caption_column else CAPTION_COLUMNS
     caption_column = find_column(table, wanted, web.urls, "web.caption_column")
+    check_texts(table, caption_column, web.urls, "web.caption_column")
     return _Input(table, url_column, caption_column, web.urls)
 
 
@@ -305,9 +307,7 @@ class _Fetch:
             if not _fetchable(url):
                 error = "unsupported URL scheme" if url and url.strip() else "the row has no URL"
                 pictures[position] = not_fetched(error)
-        captions = caption_lists(
-            listed, self.listed.caption_column, self.listed.path, "web.caption_column"
-        )
+        captions = caption_lists(listed, self.listed.caption_column)
         return images_table(shard, "web", urls, captions, pictures, exif)
 
 

@@ -18,6 +18,7 @@ from capfilt.stage import Transform
 from capfilt.stages.lists import (
     CAPTION_COLUMNS,
     caption_lists,
+    check_texts,
     find_column,
     read_list,
     shard_names,
@@ -97,6 +98,7 @@ def _open_list(config: Config, source: Source) -> _Input:
     image_column = find_column(table, (section.image_column,), path, f"{source}.image_column")
     wanted = (section.caption_column,) if section.caption_column else CAPTION_COLUMNS
     caption_column = find_column(table, wanted, path, f"{source}.caption_column")
+    check_texts(table, caption_column, path, f"{source}.caption_column")
     folder = Path(section.images) if section.images is not None else Path(path).parent
     if not folder.is_dir():
         raise InputError(
@@ -176,20 +178,23 @@ class IngestStage:
             paths,
             self.settings.download.threads,
         )
-        captions = caption_lists(
-            rows, listed.caption_column, listed.path, f"{self.source}.caption_column"
-        )
+        captions = caption_lists(rows, listed.caption_column)
         return images_table(shard.name, self.source, paths, captions, pictures)
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path of a list stays inside the images folder."""
+    parts = os.path.normpath(path).split(os.sep)
+    return not os.path.isabs(path) and parts[0] != os.pardir
 
 
 def _read_picture(folder: Path, path: str | None, limits: Limits) -> Picture:
     if not path:
         return not_fetched("the row names no file")
-    inside = os.path.normpath(path)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+    if not is_inside(path):
         return Picture("image_unreadable", "outside the images folder")
     try:
-        with open(folder / inside, "rb", opener=_open_regular) as file:
+        with open(folder / os.path.normpath(path), "rb", opener=_open_regular) as file:
             data = file.read()
     except FileNotFoundError:
         return not_fetched("no such file")

@@ -259,22 +259,29 @@ def text_column(table: pa.Table, column: str) -> list[str | None]:
     return [value if value is None else str(value) for value in values]
 
 
-def caption_lists(table: pa.Table, column: str, path: str, yaml_key: str) -> list[list[str]]:
-    """The texts of each row as a list that is never empty: no text at all is one empty text.
+def check_texts(table: pa.Table, column: str, path: str, yaml_key: str) -> None:
+    """Sees that a column holds text or lists of text.
 
     Raises:
-        InputError: the column holds something other than text or lists of text.
+        InputError: it holds something else.
     """
     kind = table.schema.field(column).type
-    values = table.column(column).to_pylist()
-    for row, value in enumerate(values):
-        texts = value if isinstance(value, list) else [value]
-        if any(text is not None and not isinstance(text, str) for text in texts):
-            raise InputError(
-                f"{path}: column {column!r} holds {kind}, expected text or lists of text "
-                f"(row {row}: {value!r}). Set {yaml_key} to another column"
-            )
+    is_list = any(is_(kind) for is_ in (pa.types.is_list, pa.types.is_large_list))
+    inner = kind.value_type if is_list else kind
+    if pa.types.is_dictionary(inner):
+        inner = inner.value_type
+    if pa.types.is_null(inner) or str(inner) in ("string", "large_string", "string_view"):
+        return
+    values = table.column(column)
+    raise InputError(
+        f"{path}: column {column!r} holds {kind}, expected text or lists of text (row 0: "
+        f"{values[0].as_py()!r}). Set {yaml_key} to another column"
+    )
+
+
+def caption_lists(table: pa.Table, column: str) -> list[list[str]]:
+    """The texts of each row as a list that is never empty: no text at all is one empty text."""
     return [
         [text or "" for text in value] or [""] if isinstance(value, list) else [value or ""]
-        for value in values
+        for value in table.column(column).to_pylist()
     ]
