@@ -108,9 +108,10 @@ class Download(_Section):
     processes: Positive = _runtime(1, "Processes that download.")
     threads: Positive = _runtime(32, "Connections a process.")
     min_side_px: Positive = 8
-    """A picture with a shorter side is dropped as `image_too_small`."""
-    max_area_px: Positive = 80_000_000
-    """A picture of a larger area is dropped as `image_too_large`, before it is decoded."""
+    """A picture with a shorter side, as fetched or as shrunk, is dropped as `image_too_small`."""
+    max_area_px: int = Field(80_000_000, ge=1, le=89_478_485)
+    """A picture of a larger area is dropped as `image_too_large`, before it is decoded; at most
+    89,478,485, which is all that later steps decode (256 MiB of pixels)."""
     max_side_px: Positive | None = None
     """Shrink pictures whose longer side is over this, and store them as JPEG; null stores every
     picture as it was fetched."""

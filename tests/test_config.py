@@ -65,6 +65,7 @@ def test_the_smallest_config_has_the_papers_defaults(tmp_path: Path) -> None:
         (MINIMAL + "pretrain:\n  lr: .nan\n", r"pretrain\.lr \(line 7\)"),
         (MINIMAL + "download:\n  shard_size: 0\n", r"download\.shard_size \(line 7\)"),
         (MINIMAL + "download:\n  shard_size: 100001\n", r"download\.shard_size \(line 7\): .*100000"),
+        (MINIMAL + "download:\n  max_area_px: 89478486\n", r"download\.max_area_px \(line 7\): .*89478485"),
         (MINIMAL + "download: 3\n", r"download \(line 6\): .* \(is 3\)"),
         (MINIMAL + "model:\n  preset: tiny\n", r"model\.preset \(line 7\): .*'small', 'base' or 'large'.*'tiny'"),
         (MINIMAL + "  pairs: x\n", r"web \(line 4\): give exactly one of `urls`"),
@@ -300,6 +301,14 @@ def test_the_fingerprint_changes_with_every_deciding_field_and_no_other(
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_workers_stay_out_of_the_fingerprint(processes: int, threads: int) -> None:
     assert print_of(Download()) == print_of(Download(processes=processes, threads=threads))
+
+
+def test_what_download_takes_later_steps_can_decode() -> None:
+    from capfilt.models.images import MAX_PIXELS
+
+    assert Download(max_area_px=MAX_PIXELS).max_area_px == MAX_PIXELS
+    with pytest.raises(ValidationError, match="max_area_px"):
+        Download(max_area_px=MAX_PIXELS + 1)
 
 
 def test_a_deciding_config_is_plain_json() -> None:
