@@ -133,7 +133,6 @@ class DownloadStage:
     retry: tuple[str, ...] = ()
 
     name: str = field(default="download", init=False)
-    version: int = field(default=1, init=False)
     table: str = field(default="images", init=False)
     schema: pa.Schema = field(default=IMAGES, init=False, repr=False)
     reads: tuple[str, ...] = field(default=(), init=False)
@@ -141,6 +140,11 @@ class DownloadStage:
     sources: tuple[str, ...] = field(default=("web",), init=False)
     count_by: str | None = field(default="reason", init=False)
     cheap: bool = field(default=False, init=False)
+
+    @property
+    def version(self) -> int:
+        """2 where pictures are shrunk: 16-bit ones came out white, and thin ones too thin."""
+        return 1 if self.settings.download.max_side_px is None else 2
 
     @property
     def config(self) -> DownloadConfig:

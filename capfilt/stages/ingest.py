@@ -125,13 +125,17 @@ class IngestStage:
     source: Source
 
     name: str = field(default="ingest", init=False)
-    version: int = field(default=1, init=False)
     table: str = field(default="images", init=False)
     schema: pa.Schema = field(default=IMAGES, init=False, repr=False)
     reads: tuple[str, ...] = field(default=(), init=False)
     reads_all: tuple[str, ...] = field(default=(), init=False)
     count_by: str | None = field(default="reason", init=False)
     cheap: bool = field(default=False, init=False)
+
+    @property
+    def version(self) -> int:
+        """2 where pictures are shrunk: 16-bit ones came out white, and thin ones too thin."""
+        return 1 if self.settings.download.max_side_px is None else 2
 
     @property
     def sources(self) -> tuple[str, ...]:

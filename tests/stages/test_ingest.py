@@ -111,6 +111,11 @@ def test_pictures_and_their_texts(tmp_path: Path) -> None:
     assert all((row["image"] is None) == (row["reason"] is not None) for row in got)
 
 
+def test_only_where_pictures_are_shrunk_there_is_a_new_version(tmp_path: Path) -> None:
+    assert IngestStage(config(tmp_path), "human").version == 1
+    assert IngestStage(config(tmp_path, max_side_px=64), "human").version == 2
+
+
 def test_web_pictures_from_disk(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     write(tmp_path, [{"image": "a.png", "text": "t"}] * 4)
