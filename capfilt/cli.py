@@ -523,6 +523,14 @@ def inspect(
     print(json.dumps(rows, indent=1) if as_json else format_pairs(rows))
 
 
+_NO_STEP = {
+    "download": "web.urls is not set (`capfilt ingest` reads the pictures of web.pairs)",
+    "features": "model.preset is not small, the only one that has them",
+    "pretrain": "pretrain is null",
+}
+"""Why a config may lack a step."""
+
+
 def _load(path: Path, overrides: list[str] | None) -> "Config":
     from capfilt.config import load
 
@@ -572,7 +580,9 @@ def _run(
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    if not worked:
+    if not results:
+        print(f"{path} has no step {steps[0]}: {_NO_STEP[steps[0]]}")
+    elif not worked:
         print(f"nothing to do: every step of {path} is done in {config.run_dir}")
     if whole:
         _print_summary(config, found)

@@ -25,6 +25,7 @@ from capfilt.identities import (
     start_weights,
 )
 from capfilt.manifest import Identity
+from capfilt.schema import REASONS
 from capfilt.shards import RunDir, locked
 from capfilt.stage import Stage, identify, identify_shared
 from capfilt.training import ranks
@@ -180,10 +181,16 @@ def _run_tables(
 
 
 def note_of(result: StageResult) -> str:
-    """Rows, rate and share kept of what a stage did, as in `2,500 rows, 310/s, 61 % kept`."""
+    """Rows, rate and share kept of what a stage did, as in `2,500 rows, 310/s, 61% kept`.
+
+    Where nothing is decided yet, what failed is told instead: `12 rows, 128/s, 1 download_failed`.
+    """
     parts = [f"{result.rows:,} rows", f"{result.rows / max(result.seconds, 1e-9):,.0f}/s"]
     if "kept" in result.counts:
         parts.append(f"{result.counts['kept'] / max(1, sum(result.counts.values())):.0%} kept")
+    else:
+        failed = sorted(name for name in result.counts if name in REASONS)
+        parts += [f"{result.counts[name]:,} {name}" for name in failed]
     return ", ".join(parts)
 
 

@@ -269,6 +269,30 @@ def test_inspect_serves_the_page(tiny: Tiny, capfilt: Cli, monkeypatch: pytest.M
     assert seen["open_browser"] is True and seen["host"] == "127.0.0.1"
 
 
+def test_a_step_that_the_config_lacks(tiny: Tiny, capfilt: Cli) -> None:
+    tiny.values["model"] = {"preset": "base"}
+    for step, why in (("download", "web.urls"), ("features", "model.preset"), ("pretrain", "null")):
+        said = capfilt(step, tiny.config)
+        assert said.code == 0 and f"has no step {step}: " in said.out and why in said.out
+        assert "nothing to do" not in said.out
+    assert not tiny.run.exists(tiny.run.path)
+
+
+def test_what_could_not_be_read_is_on_the_line_of_its_step(tiny: Tiny, capfilt: Cli) -> None:
+    said = capfilt("ingest", tiny.config)
+    assert ", 1 download_failed, 1 image_unreadable in " in said.err
+
+
+def test_a_calibration_that_is_missing_is_called_so(tiny: Tiny, capfilt: Cli) -> None:
+    capfilt("ingest", tiny.config)
+    tiny.score()
+    capfilt("filter", tiny.config)
+    for step in ("filter", "export", "report"):
+        said = capfilt(step, tiny.config, "--set", "filter.calibration=nope.json")
+        assert said.code == 2 and "`capfilt calibrate CONFIG`" in said.err
+        assert "finetune" not in said.err
+
+
 def test_redo_names_a_step(tiny: Tiny, capfilt: Cli) -> None:
     said = capfilt("run", tiny.config, "--redo", "nothing")
     assert said.code == 2 and "'nothing' is none of download, ingest" in said.err

@@ -323,6 +323,11 @@ def test_status_reads_manifests_only(tiny: Tiny) -> None:
 def test_note_of() -> None:
     result = StageResult("filter", rows=2000, seconds=4.0, counts={"kept": 3, "duplicate": 1})
     assert pipeline.note_of(result) == "2,000 rows, 500/s, 75% kept"
+    result = StageResult("export", rows=2, seconds=1.0, counts={"web": 1, "human": 1})
+    assert pipeline.note_of(result) == "2 rows, 2/s"
+    counts = {"ok": 3, "image_unreadable": 1000, "download_failed": 2}
+    result = StageResult("ingest", rows=2, seconds=1.0, counts=counts)
+    assert pipeline.note_of(result) == "2 rows, 2/s, 2 download_failed, 1,000 image_unreadable"
 
 
 def test_an_empty_run_folder_has_a_status(tmp_path: Path) -> None:

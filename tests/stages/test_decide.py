@@ -308,6 +308,8 @@ def test_expressions_decide_over_scores_and_pictures(tmp_path):
     assert kept("not original_width > 3") == []  # unknown stays unknown
     assert kept("width in [100, 250]") == [0, 3]
     assert kept("source not in ('web',)") == []
+    assert kept("itc_sim in [-1, 0.1, 0]") == [0, 1, 2]
+    assert kept("itc_sim - 1 in (-1.0, -2)") == [0, 1, 2]
     assert kept("matches(url, '/[01]$') and abs(itc_sim - 0.1) > -1") == [0, 1]
     assert kept("True") == [0, 1, 2, 3]
 
@@ -365,7 +367,7 @@ def test_expressions_decide_over_columns_of_one_s_own(tmp_path):
     [
         "__import__('os').system('true')", "caption.upper() == 'A'", "caption[0] == 'a'", "widht > 3",
         "(lambda: 1)() == 1", "[x for x in (1, 2)]", "width", "width > 1 and 3", "", "width >", "1 if True else 0",
-        "f'{caption}' == 'a'", "caption == None", "width is 3", "width in other", "contains(caption, url)",
+        "f'{caption}' == 'a'", "caption == None", "width is 3", "width in other", "width in [-height]", "width in [not 1]", "contains(caption, url)",
         "len(caption, caption) > 1", "width ** 9 > 1", "b'a' == caption", "contains(caption)", "x := 3",
         "(" * 90 + "width > 1" + ")" * 90 + " and " + "not " * 60 + "True", "width > 1j", "lower(caption=caption) == 'a'",
     ],
