@@ -31,6 +31,7 @@ def check(config: Config) -> list[str]:
         _check_trainings,
         _check_weights,
         _check_labels,
+        _check_filter,
         _check_device,
         _check_run,
     ):
@@ -61,15 +62,22 @@ def _check_human(config: Config) -> list[str]:
 
 
 def _check_pictures(config: Config, source: Literal["human", "web"]) -> list[str]:
-    from capfilt.stages.ingest import first_pictures, list_shards
+    from capfilt.stages.ingest import first_pictures, is_inside, list_shards
 
     shards = list_shards(config, source)
     folder, paths = first_pictures(config, source, 100)
-    there = sum((folder / path).is_file() for path in paths)
+    inside = [path for path in paths if is_inside(path)]
+    if not inside:
+        raise InputError(
+            f"{source}.images: none of the first {len(paths)} paths of {source}.pairs leads into "
+            f"the folder {str(folder)!r}; the first is {paths[0]!r}. Write them relative to that "
+            f"folder, which {source}.images sets"
+        )
+    there = sum((folder / path).is_file() for path in inside)
     if not there:
         raise InputError(
             f"{source}.images: none of the first {len(paths)} pictures of {source}.pairs is there; "
-            f"the first should be {str(folder / paths[0])!r}. Set {source}.images to the folder "
+            f"the first should be {str(folder / inside[0])!r}. Set {source}.images to the folder "
             f"that the paths start from, or {source}.image_column"
         )
     listed = config.human.pairs if source == "human" else config.web.pairs
@@ -138,6 +146,21 @@ def _check_labels(config: Config) -> list[str]:
     return [f"labels   {config.matcher.labels}: {right:,} right, {len(verdicts) - right:,} wrong"]
 
 
+def _check_filter(config: Config) -> list[str]:
+    from capfilt.stages.decide import FilterStage
+
+    run_dir = RunDir(config.run_dir)
+    calibration, own = FilterStage(config.filter, run_dir).read_inputs()
+    found = []
+    if calibration is not None:
+        for shard in run_dir.shards("scores", ("web",)):
+            calibration.check_matcher(run_dir, shard)
+        found.append(f"filter   {config.filter.calibration}: precision {calibration.target}")
+    if own is not None:
+        found.append(f"filter   {config.filter.columns}: {own.table.num_rows:,} rows by {own.by}")
+    return found
+
+
 def _check_device(config: Config) -> list[str]:
     if config.device in ("auto", "cpu"):
         return [f"device   {config.device}"]
@@ -178,6 +201,7 @@ def _check_run(config: Config) -> list[str]:
                 run_dir,
                 run_dir.manifest(stage.table, shard),
                 identify(stage, run_dir, shard, shared),
+                table=run_dir.table(stage.table, shard),
             )
             for shard in shards
         )

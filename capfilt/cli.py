@@ -62,7 +62,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log more o
 
 
 def main() -> None:
-    """Runs the command line; errors that capfilt explains become one message and an exit code."""
+    """Runs the command line; errors that can be explained become one message and an exit code."""
     try:
         app()
     except CapfiltError as error:
@@ -70,6 +70,13 @@ def main() -> None:
         if isinstance(error, PartialError):
             print(_resume(), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # a full disk, a folder that may not be written, a network that is gone
+        logging.getLogger(__name__).info("where it happened", exc_info=True)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
+        print(_resume(), file=sys.stderr)
+        sys.exit(CapfiltError.exit_code)
     except SystemExit as stop:
         # what typer makes of an interrupt
         if stop.code == 130:
@@ -150,7 +157,7 @@ def download(
         bool,
         typer.Option(
             "--retry-failed",
-            help="Fetch again the shards that hold a picture which could not be fetched.",
+            help="Fetch once more the pictures that could not be fetched; the others stay.",
         ),
     ] = False,
     as_json: JsonOption = False,
@@ -166,11 +173,13 @@ def download(
     if retry_failed:
         from capfilt import pipeline
 
-        forgotten = pipeline.forget_failed(_load(config, overrides))
+        failed = pipeline.failed_shards(_load(config, overrides))
         if not quiet:
-            named = ", ".join(forgotten) or "none"
+            named = ", ".join(failed) or "none"
             print(f"shards with pictures that could not be fetched: {named}", file=sys.stderr)
-    _run(config, overrides, ("download",), "download" if redo else None, as_json, quiet, verbose)
+    step = "download"
+    redone = step if redo else None
+    _run(config, overrides, (step,), redone, as_json, quiet, verbose, retry=retry_failed)
 
 
 _STEPS = {
@@ -345,8 +354,8 @@ def check(
 ) -> None:
     """Check the config and that its inputs are there; do nothing else.
 
-    Looks at the lists and their columns, the folders, the weights, and whether the run folder holds
-    work of another config.
+    Looks at the lists and their columns, the folders, the weights, what the filter reads, and
+    whether the run folder holds work of another config.
 
     Example: capfilt check pipelines/quickstart.yaml
     """
@@ -513,6 +522,14 @@ def inspect(
     print(json.dumps(rows, indent=1) if as_json else format_pairs(rows))
 
 
+_NO_STEP = {
+    "download": "web.urls is not set (`capfilt ingest` reads the pictures of web.pairs)",
+    "features": "model.preset is not small, the only one that has them",
+    "pretrain": "pretrain is null",
+}
+"""Why a config may lack a step."""
+
+
 def _load(path: Path, overrides: list[str] | None) -> "Config":
     from capfilt.config import load
 
@@ -535,6 +552,7 @@ def _run(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    retry: bool = False,
 ) -> None:
     start = time.perf_counter()
     _logging(verbose)
@@ -543,7 +561,7 @@ def _run(
     from capfilt.training import ranks
 
     with _Progress(quiet or not ranks.is_first()) as progress:
-        results = pipeline.run(config, steps=steps, redo=redo, report=progress.update)
+        results = pipeline.run(config, steps=steps, redo=redo, retry=retry, report=progress.update)
     if not ranks.is_first():
         return
     worked = sum(result.done for result in results)
@@ -561,7 +579,9 @@ def _run(
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    if not worked:
+    if not results:
+        print(f"{path} has no step {steps[0]}: {_NO_STEP[steps[0]]}")
+    elif not worked:
         print(f"nothing to do: every step of {path} is done in {config.run_dir}")
     if whole:
         _print_summary(config, found)

@@ -5,18 +5,30 @@ size, workers) don't decide the output and stay out of the fingerprints.
 """
 
 import difflib
+import os
+import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from capfilt.errors import ConfigError
 from capfilt.expression import compile_expression, own_columns_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A path; `~` is the home folder."""
 
 
 def _runtime(default: Any, description: str, **kwargs: Any) -> Any:
@@ -25,17 +37,22 @@ def _runtime(default: Any, description: str, **kwargs: Any) -> Any:
 
 
 class _Section(BaseModel):
+    # strict: a YAML `off` must not become the number 0
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
 class Human(_Section):
     """The human-labelled pairs: pictures in a folder, texts in a list."""
 
-    pairs: str
+    pairs: LocalPath
     """JSONL, CSV, TSV or Parquet file; one row a picture."""
-    images: str | None = None
+    images: LocalPath | None = None
     """Folder that the picture paths start from; the folder of `pairs` by default."""
     image_column: str = "image"
     """Column with the picture's path."""
@@ -48,13 +65,13 @@ class Human(_Section):
 class Web(_Section):
     """The noisy pairs: a list of URLs to download, or pictures that are already on disk."""
 
-    urls: str | None = None
+    urls: LocalPath | None = None
     """CSV, TSV, JSONL or Parquet file with a URL and a text a row. Fetched by `download`."""
     url_column: str = "url"
     """Column with the URL."""
-    pairs: str | None = None
+    pairs: LocalPath | None = None
     """As `human.pairs`: pictures that are on disk. Read by `ingest`. Give this or `urls`."""
-    images: str | None = None
+    images: LocalPath | None = None
     """As `human.images`."""
     image_column: str = "image"
     """Column with the picture's path, for `pairs`."""
@@ -73,7 +90,7 @@ class Web(_Section):
 class Demo(_Section):
     """For the demo: serve a folder on loopback while `download` fetches from it."""
 
-    serve: str
+    serve: LocalPath
     """The folder to serve."""
     port: int = Field(18780, ge=1, le=65535)
     """The port on 127.0.0.1; the URLs in `web.urls` name it."""
@@ -91,9 +108,10 @@ class Download(_Section):
     processes: Positive = _runtime(1, "Processes that download.")
     threads: Positive = _runtime(32, "Connections a process.")
     min_side_px: Positive = 8
-    """A picture with a shorter side is dropped as `image_too_small`."""
-    max_area_px: Positive = 80_000_000
-    """A picture of a larger area is dropped as `image_too_large`, before it is decoded."""
+    """A picture with a shorter side, as fetched or as shrunk, is dropped as `image_too_small`."""
+    max_area_px: int = Field(80_000_000, ge=1, le=89_478_485)
+    """A picture of a larger area is dropped as `image_too_large`, before it is decoded; at most
+    89,478,485, which is all that later steps decode (256 MiB of pixels)."""
     max_side_px: Positive | None = None
     """Shrink pictures whose longer side is over this, and store them as JPEG; null stores every
     picture as it was fetched."""
@@ -478,13 +496,15 @@ class Filter(_Section):
     """For synthetic texts, in the place of `itc_threshold`; null takes that for both, -1 drops
     none. Example: `synthetic_itc_threshold: 0.3`"""
     drop_duplicates: bool = True
-    """Keep the same picture with the same text only once. Example: `drop_duplicates: false`"""
+    """Keep the same picture with the same text only once: a pair that the rules over scores and
+    columns leave, rather human than web, and rather web than synthetic. Example:
+    `drop_duplicates: false`"""
     fuse: Fuse = Fuse()
     """The fused score, a weighted mean of ITM and ITC. Example: `fuse: {itm: 0.7, itc: 0.3}`"""
     fused_threshold: float | None = Field(None, ge=-1, le=1)
     """Drop a web or synthetic text whose fused score is below this; null is off. Example:
     `fused_threshold: 0.4`"""
-    calibration: str | None = _runtime(
+    calibration: LocalPath | None = _runtime(
         None,
         "File of `capfilt calibrate`: drop a web or synthetic text that is below its source's "
         "threshold for the precision that was asked for; null is off. The file's digest, not its "
@@ -493,7 +513,7 @@ class Filter(_Section):
     expression: str | None = None
     """Drop a web or synthetic text for which this condition over the columns of its scores and its
     picture does not hold. Example: `expression: "width >= 200 and words(caption) >= 3"`"""
-    columns: str | None = _runtime(
+    columns: LocalPath | None = _runtime(
         None,
         "A table of your own (CSV, TSV, JSONL or Parquet) with one row a pair or picture: a column "
         "`pair_id`, `uid`, `key` or `url` that says which, and others that `expression` names as "
@@ -566,7 +586,7 @@ class Report(_Section):
 class Config(_Section):
     """One run."""
 
-    run_dir: str
+    run_dir: LocalPath
     """Folder that the run writes to; relative to the working directory."""
     seed: int = Field(0, ge=0)
     """Of every random draw."""
@@ -727,7 +747,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"config {str(path)!r} can't be read: {error}") from None
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
@@ -764,6 +784,12 @@ _UniqueKeyLoader.add_constructor(
     yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
     _unique_mapping,
 )
+# YAML 1.1, which PyYAML reads, takes 1e-4 and 1.0e4 for text
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -774,8 +800,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"--set {override!r}: expected key.subkey=value, as in --set filter.itm_threshold=0.6"
         )
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+        value = yaml.load(raw, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
     for part in parts[:-1]:
         values = values.setdefault(part, {})
@@ -798,10 +824,21 @@ def _explain(problem: Any, text: str) -> str:
     if problem["type"] == "missing":
         return f"{at}: required, and not there"
     message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], bool) and _may_be_null(location):
+        message += "; write null to turn it off"
     return f"{at}: {message} (is {problem['input']!r})"
 
 
+def _may_be_null(location: list[str]) -> bool:
+    field = _section_at(location[:-1]).model_fields[location[-1]]
+    return type(None) in get_args(field.annotation)
+
+
 def _fields_at(location: list[str]) -> list[str]:
+    return list(_section_at(location).model_fields)
+
+
+def _section_at(location: list[str]) -> type[_Section]:
     section: Any = Config
     for part in location:
         annotation = section.model_fields[part].annotation
@@ -811,7 +848,7 @@ def _fields_at(location: list[str]) -> list[str]:
             for choice in choices
             if isinstance(choice, type) and issubclass(choice, _Section)
         )
-    return list(section.model_fields)
+    return cast(type[_Section], section)
 
 
 def _line_of(location: list[str], text: str) -> int | None:

@@ -116,7 +116,7 @@ def _check(node: ast.expr, text: str, depth: int = 0) -> None:
                         raise refuse("compares with `is`, which is for None only; use ==")
                 elif isinstance(operation, ast.In | ast.NotIn):
                     items = right.elts if isinstance(right, ast.List | ast.Tuple) else []
-                    if not items or not all(isinstance(item, ast.Constant) for item in items):
+                    if not items or not all(_is_value(item) for item in items):
                         raise refuse("needs a list of values after `in`, as in source in ['web']")
                     children.extend(items)
                 else:
@@ -130,6 +130,8 @@ def _check(node: ast.expr, text: str, depth: int = 0) -> None:
         case ast.Constant():
             if not isinstance(node.value, bool | int | float | str):
                 raise refuse("is no number, text or truth value (None goes with `is` only)")
+            if isinstance(node.value, int) and node.value >= 1 << 63:
+                raise refuse("is too large for a whole number of 64 bits; write it as in 1e30")
             children = []
         case ast.Call():
             name = node.func.id if isinstance(node.func, ast.Name) else None
@@ -147,6 +149,13 @@ def _check(node: ast.expr, text: str, depth: int = 0) -> None:
             raise refuse("is not allowed; comparisons, and, or, not, + - * / and functions are")
     for child in children:
         _check(child, text, depth + 1)
+
+
+def _is_value(node: ast.expr) -> bool:
+    """Whether a node is a value as it is written; -1 is one, which Python reads as minus and 1."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node = node.operand
+    return isinstance(node, ast.Constant)
 
 
 class _Compiler:

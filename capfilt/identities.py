@@ -15,19 +15,54 @@ from capfilt.manifest import Identity
 from capfilt.shards import RunDir
 
 
-def image_shards(run_dir: RunDir, sources: tuple[str, ...]) -> list[str]:
-    """Names of the finished shards of pictures of some sources.
+def image_shards(run_dir: RunDir, config: Config, sources: tuple[str, ...]) -> list[str]:
+    """Names of the shards of pictures of some sources; all of them are finished.
+
+    How many a list makes is told by the manifests of those that are finished, so that the list may
+    have been moved away since.
 
     Raises:
-        InputError: there are none.
+        InputError: one isn't finished, or none is there.
     """
-    found = run_dir.shards("images", sources)
-    if not found:
-        raise InputError(
-            f"{run_dir.at('images')} holds no finished shards of {' or '.join(sources)} pairs: run "
-            "`capfilt download CONFIG` and `capfilt ingest CONFIG` first, or `capfilt run CONFIG`"
-        )
-    return found
+    found = []
+    for source in sources:
+        step = "download" if source == "web" and config.web.urls is not None else "ingest"
+        signed = run_dir.shards("images", (source,))
+        if not signed:
+            raise InputError(
+                f"{run_dir.at('images')} holds no finished shards of {source} pairs: run "
+                f"`capfilt {step} CONFIG` first, or `capfilt run CONFIG`"
+            )
+        missing = sorted(set(_made_shards(run_dir, config, source, signed)) - set(signed))
+        if missing:
+            more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+            raise InputError(
+                f"{run_dir.at('images')} lacks {', '.join(missing[:3])}{more} of the {source} "
+                f"pairs, not finished (interrupted, or failed): run `capfilt {step} CONFIG` first, "
+                "or `capfilt run CONFIG`"
+            )
+        found += signed
+    return sorted(found)
+
+
+def _made_shards(run_dir: RunDir, config: Config, source: str, signed: list[str]) -> list[str]:
+    """The shards that the list of a source makes, as the manifests of the finished ones say."""
+    from capfilt.stages import download, ingest
+    from capfilt.stages.lists import numbered_shards
+
+    records = [manifest.read(run_dir, run_dir.manifest("images", shard)) for shard in signed]
+    counts = [record["list_shards"] for record in records if record and "list_shards" in record]
+    if counts:
+        return numbered_shards(source, max(counts))
+    # a run folder of before manifests said so: the list does, while it is there
+    try:
+        if source == "human":
+            return ingest.list_shards(config, "human")
+        if config.web.urls is None:
+            return ingest.list_shards(config, "web")
+        return download.list_shards(config)
+    except InputError:
+        return signed
 
 
 def model_manifest(run_dir: RunDir, step: str) -> str:
@@ -51,9 +86,10 @@ def identify_training(
     """
     upstream = {}
     tables = ("images", "features") if config.model.caches_features else ("images",)
+    shards = image_shards(run_dir, config, sources)
     for table in tables:
         prints = []
-        for shard in image_shards(run_dir, sources):
+        for shard in shards:
             record = manifest.read(run_dir, run_dir.manifest(table, shard))
             if record is None:
                 raise InputError(

@@ -139,13 +139,21 @@ def signature(record: Mapping[str, Any]) -> str:
     return f"{fingerprint}:{record['sha256']}" if "sha256" in record else fingerprint
 
 
-def is_done(run: RunDir, path: str, identity: Identity, *, stale_is_pending: bool = False) -> bool:
-    """Whether the work at `path` is signed with this identity.
+def is_done(
+    run: RunDir,
+    path: str,
+    identity: Identity,
+    *,
+    table: str | None = None,
+    stale_is_pending: bool = False,
+) -> bool:
+    """Whether the work at `path` is signed with this identity, and there.
 
     Args:
         run: the run folder.
         path: of the manifest.
         identity: what would be done now.
+        table: the file that it signs: without it nothing is done.
         stale_is_pending: work of another identity counts as not done (and will be replaced)
             instead of being an error.
 
@@ -156,17 +164,21 @@ def is_done(run: RunDir, path: str, identity: Identity, *, stale_is_pending: boo
     if record is None:
         return False
     if record["fingerprint"] == identity.fingerprint:
-        return True
+        return table is None or run.exists(table)
     if stale_is_pending:
         return False
-    keys = differences(record, asdict(identity))
-    listed = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in keys)
     raise MismatchError(
         f"{path} was made with another config or input; nothing was overwritten. What differs:\n"
-        f"{listed}\n"
+        f"{listed_differences(record, identity)}\n"
         f"Set it back, choose another run_dir, or redo this stage and those after it with "
         f"`capfilt run CONFIG --redo {identity.stage}`"
     )
+
+
+def listed_differences(record: Mapping[str, Any], identity: Identity) -> str:
+    """What differs between a manifest and an identity, a line each, for messages."""
+    keys = differences(record, asdict(identity))
+    return "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in keys)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from capfilt import manifest
 from capfilt.config import Config
 from capfilt.engine.local import StageResult, run_stage
-from capfilt.errors import ConfigError, MismatchError, PartialError, UsageError
+from capfilt.errors import ConfigError, InputError, MismatchError, PartialError, UsageError
 from capfilt.identities import (
     identify_finetuning,
     identify_training,
@@ -24,7 +24,8 @@ from capfilt.identities import (
     start_weights,
 )
 from capfilt.manifest import Identity
-from capfilt.shards import RunDir
+from capfilt.schema import REASONS
+from capfilt.shards import RunDir, locked
 from capfilt.stage import Stage, identify, identify_shared
 from capfilt.training import ranks
 
@@ -81,6 +82,7 @@ def run(
     *,
     steps: tuple[str, ...] = ORDER,
     redo: str | None = None,
+    retry: bool = False,
     report: Report = _ignore,
 ) -> list[StageResult]:
     """Runs steps of a run; what is done already is skipped.
@@ -90,6 +92,7 @@ def run(
         steps: which ones; all by default.
         redo: replace this step's work, and that of the steps after it, where it was done with
             another config.
+        retry: let `download` fetch once more what could not be fetched.
         report: told how far each step is.
 
     Returns:
@@ -97,13 +100,31 @@ def run(
 
     Raises:
         ConfigError: a training among them can't start as the config wants it.
-        UsageError: inputs are missing, or the folder holds work of another config.
+        UsageError: inputs are missing, the folder holds work of another config, or another process
+            is writing into it.
         PartialError: shards failed; the others are done.
     """
     for step in steps:
         if problem := config.start_problem(step):
             raise ConfigError(problem)
     run_dir = RunDir(config.run_dir)
+    with locked(run_dir) if ranks.is_first() else contextlib.nullcontext():
+        return _run_steps(run_dir, config, steps, redo, retry, report)
+
+
+def _run_steps(
+    run_dir: RunDir,
+    config: Config,
+    steps: tuple[str, ...],
+    redo: str | None,
+    retry: bool,
+    report: Report,
+) -> list[StageResult]:
+    if "filter" in steps and len(steps) > 1:
+        from capfilt.stages.decide import FilterStage
+
+        # before hours of training, and not after them
+        FilterStage(config.filter, run_dir).read_inputs()
     replaceable = ORDER[ORDER.index(redo) :] if redo else ()
     results: list[StageResult] = []
     for step in ORDER:
@@ -111,7 +132,10 @@ def run(
             continue
         result = None
         if ranks.is_first() or step in TRAININGS:
+            first = retry_failed(config, report) if retry and step == "download" else None
             result = _RUNNERS[step](run_dir, config, step in replaceable, report)
+            if first is not None and result is not None:
+                result = _with_retried(first, result)
         ranks.wait()  # the next step reads what the first process wrote
         if result is None:
             continue
@@ -160,10 +184,16 @@ def _run_tables(
 
 
 def note_of(result: StageResult) -> str:
-    """Rows, rate and share kept of what a stage did, as in `2,500 rows, 310/s, 61 % kept`."""
+    """Rows, rate and share kept of what a stage did, as in `2,500 rows, 310/s, 61% kept`.
+
+    Where nothing is decided yet, what failed is told instead: `12 rows, 128/s, 1 download_failed`.
+    """
     parts = [f"{result.rows:,} rows", f"{result.rows / max(result.seconds, 1e-9):,.0f}/s"]
     if "kept" in result.counts:
         parts.append(f"{result.counts['kept'] / max(1, sum(result.counts.values())):.0%} kept")
+    else:
+        failed = sorted(name for name in result.counts if name in REASONS)
+        parts += [f"{result.counts[name]:,} {name}" for name in failed]
     return ", ".join(parts)
 
 
@@ -209,11 +239,8 @@ def _demo_server(config: Config, needed: bool) -> Iterator[None]:
         yield
 
 
-def forget_failed(config: Config) -> list[str]:
-    """Makes pending the downloaded shards in which a picture could not be fetched.
-
-    Returns:
-        Their names.
+def failed_shards(config: Config) -> tuple[str, ...]:
+    """The downloaded shards that hold a picture which could not be fetched.
 
     Raises:
         UsageError: the run downloads nothing.
@@ -221,21 +248,28 @@ def forget_failed(config: Config) -> list[str]:
     """
     if config.web.urls is None:
         raise UsageError("web.urls is not set: this run downloads nothing that could be retried")
-    from capfilt.stages.download import DownloadStage, list_shards
+    from capfilt.stages.download import DownloadStage
 
+    return DownloadStage(RunDir(config.run_dir), config).with_failures()
+
+
+def retry_failed(config: Config, report: Report = _ignore) -> StageResult:
+    """Fetches once more the pictures that could not be fetched; all others stay as they are.
+
+    Raises:
+        UsageError: the run downloads nothing, or its shards were downloaded with another config.
+    """
+    from capfilt.stages.download import DownloadStage
+
+    shards = failed_shards(config)
     run_dir = RunDir(config.run_dir)
-    stage = DownloadStage(run_dir, config)
-    forgotten = []
-    shared = identify_shared(stage, run_dir)
-    for shard in list_shards(config):
-        path = run_dir.manifest("images", shard)
-        done = manifest.is_done(run_dir, path, identify(stage, run_dir, shard, shared))
-        record = manifest.read(run_dir, path)
-        if done and record is not None and record["counts"].get("download_failed"):
-            forgotten.append(shard)
-    for shard in forgotten:
-        run_dir.remove(run_dir.manifest("images", shard))
-    return forgotten
+    stage = DownloadStage(run_dir, config, shards)
+
+    def progress(result: StageResult, done: int, total: int) -> None:
+        report(Update(stage.name, done, total, "shards", note_of(result)))
+
+    with _demo_server(config, needed=bool(shards)):
+        return run_stage(stage, run_dir, list(shards), again=True, progress=progress)
 
 
 def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
@@ -249,6 +283,16 @@ def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
         shards = list_shards(config, source)
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
     return _merged("ingest", results)
+
+
+def _with_retried(retried: StageResult, result: StageResult) -> StageResult:
+    """What a download did, with the shards that it retried before and then found finished."""
+    result.done += retried.done
+    result.skipped -= retried.done + len(retried.failed)
+    result.rows += retried.rows
+    result.seconds += retried.seconds
+    result.failed.update(retried.failed)
+    return result
 
 
 def _merged(name: str, results: list[StageResult]) -> StageResult:
@@ -269,7 +313,7 @@ def _features(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
         return None
     from capfilt.stages.features import FeaturesStage
 
-    shards = image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, config, ("human", "web"))
     return _run_tables(FeaturesStage(config.model), run_dir, shards, config, redo, report)
 
 
@@ -298,7 +342,17 @@ def _train(
         note = " ".join(f"{name} {value:.3f}" for name, value in values.items() if name != "loss")
         report(Update(step, done, total, "steps", note))
 
-    found = train(run_dir, config, folder, identity.fingerprint, device, progress)
+    from safetensors import SafetensorError
+
+    try:
+        found = train(run_dir, config, folder, identity.fingerprint, device, progress)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from error
+    except RuntimeError as error:
+        # how torch.save tells of a full disk
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
     result.done = 1
     result.rows = int(found.get("pictures", 0))
     result.seconds = time.perf_counter() - start
@@ -442,7 +496,9 @@ def _caption(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Sta
         Path(run_dir.local("models", "captioner")),
         config.model.caches_features,
     )
-    return _run_tables(stage, run_dir, image_shards(run_dir, ("web",)), config, redo, report)
+    return _run_tables(
+        stage, run_dir, image_shards(run_dir, config, ("web",)), config, redo, report
+    )
 
 
 def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
@@ -450,10 +506,11 @@ def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stage
     from capfilt.stages.score import ScoreStage
 
     folder = Path(run_dir.local("models", "matcher"))
+    image_shards(run_dir, config, ("human", "web"))  # both are there before one is scored
     results = []
     for source in ("human", "web"):
         stage = ScoreStage(config.score, folder, config.model.caches_features, source)
-        shards = image_shards(run_dir, (source,))
+        shards = image_shards(run_dir, config, (source,))
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
         if config.score.store_embeddings:
             embedding = Embedding(
@@ -470,14 +527,44 @@ def _filter(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.stages.decide import FilterStage
 
     stage = FilterStage(config.filter, run_dir)
-    shards = image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, config, ("human", "web"))
     return _run_tables(stage, run_dir, shards, config, redo, report)
+
+
+def _check_decisions(run_dir: RunDir, config: Config, shards: list[str]) -> None:
+    """What is exported and reported must be what this config's filter decides.
+
+    Raises:
+        InputError: a shard isn't decided yet.
+        MismatchError: one was decided by another filter, or before it was scored anew.
+    """
+    from capfilt.stages.decide import FilterStage
+
+    stage = FilterStage(config.filter, run_dir)
+    shared = identify_shared(stage, run_dir)
+    for shard in shards:
+        path = run_dir.manifest("decisions", shard)
+        record = manifest.read(run_dir, path)
+        if record is None:
+            raise InputError(
+                f"{path} is not there, so {shard} is not decided yet: run `capfilt filter CONFIG` "
+                "first, or `capfilt run CONFIG`"
+            )
+        identity = identify(stage, run_dir, shard, shared)
+        if record["fingerprint"] != identity.fingerprint:
+            raise MismatchError(
+                f"{path} was decided with another config or input than this one's, so nothing was "
+                f"written. What differs:\n{manifest.listed_differences(record, identity)}\n"
+                "Decide anew with `capfilt filter CONFIG` (and its --set, if it had any), or set "
+                "it back"
+            )
 
 
 def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.stages.export import ExportStage
 
-    shards = image_shards(run_dir, ("human", "web"))
+    shards = image_shards(run_dir, config, ("human", "web"))
+    _check_decisions(run_dir, config, shards)
     cited = config.filter.calibration
     stage = ExportStage(config.export, None if cited is None else Path(cited))
     return _run_tables(stage, run_dir, shards, config, redo, report)
@@ -486,6 +573,7 @@ def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
 def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.inspect.report import report_identity
 
+    _check_decisions(run_dir, config, image_shards(run_dir, config, ("human", "web")))
     result = StageResult("report")
     identity = report_identity(run_dir, config)
     path = run_dir.at("report.manifest.json")
@@ -497,6 +585,7 @@ def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.inspect.report import write_report
 
     start = time.perf_counter()
+    run_dir.remove_unfinished(run_dir.at("report."))
     write_report(run_dir, config)
     result.done, result.seconds = 1, time.perf_counter() - start
     manifest.sign(run_dir, path, identity, rows=0, counts={}, seconds=result.seconds)
@@ -510,11 +599,13 @@ def report_without_config(run_dir: RunDir) -> None:
 
     Raises:
         InputError: nothing was decided yet.
+        UsageError: another process is writing into the folder.
     """
     from capfilt.inspect.report import write_report
 
-    write_report(run_dir, None)
-    run_dir.remove(run_dir.at("report.manifest.json"))
+    with locked(run_dir):
+        write_report(run_dir, None)
+        run_dir.remove(run_dir.at("report.manifest.json"))
 
 
 _RUNNERS: dict[str, Callable[[RunDir, Config, bool, Report], StageResult | None]] = {

@@ -24,7 +24,7 @@ REASONS = {
     "below_top_fraction": "the pair is not among the best `filter.top_fraction` of the run",
     "web_text_kept": "a web text is kept (`filter.synthetic_only_where_web_dropped`)",
     "empty_caption": "there is no text",
-    "duplicate": "the same picture with the same text stands earlier in the run",
+    "duplicate": "another pair with the same picture and the same text counts in its place",
     "download_failed": "the picture could not be fetched",
     "image_unreadable": "the bytes are not a picture, or a broken one",
     "image_too_small": "a side is shorter than `download.min_side_px`",

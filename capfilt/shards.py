@@ -3,13 +3,17 @@
 A path may be any that fsspec understands (`runs/demo`, `s3://bucket/run`).
 """
 
+import contextlib
+import errno
 import hashlib
 import os
+import platform
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
@@ -17,13 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from capfilt.errors import InputError
+from capfilt.errors import InputError, UsageError
 
 ROWS_A_GROUP = 1000
 """Rows of a Parquet row group: what readers such as `datasets` hold in memory at once."""
 
 PICTURES_A_GROUP = 100
 """Rows of a row group of `images/`: what is read for one picture of the review page."""
+
+LOCK = "run.lock"
+"""The file in a run folder that names the process which writes into it."""
 
 SHARD_NAME = re.compile(r"^(web|human)-\d{5,}$")
 
@@ -52,12 +59,17 @@ class RunDir:
         Raises:
             InputError: the run folder is remote.
         """
-        if "://" in self.path and not self.path.startswith("file://"):
+        if not self.is_local:
             raise InputError(
                 f"run_dir {self.path!r} is remote: training and downloading need a local folder; "
                 "run those stages with a local run_dir and copy it"
             )
         return self.at(*parts).removeprefix("file://")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on a disk of this machine."""
+        return "://" not in self.path or self.path.startswith("file://")
 
     def table(self, table: str, shard: str) -> str:
         """The Parquet file of a shard's table."""
@@ -95,13 +107,25 @@ class RunDir:
         """Writes a text file by rename, so that a reader sees all of it or nothing."""
         self._write(path, lambda file: file.write(text.encode()))
 
-    def write_table(self, path: str, table: pa.Table, rows_a_group: int = ROWS_A_GROUP) -> None:
+    def write_table(
+        self,
+        path: str,
+        table: pa.Table,
+        rows_a_group: int = ROWS_A_GROUP,
+        *,
+        unsign: str | None = None,
+    ) -> str:
         """Writes a Parquet file by rename.
 
         Args:
             path: of the file.
             table: what it holds.
             rows_a_group: rows of a row group, at most.
+            unsign: the manifest of what the file replaces; removed at the last moment, since an
+                old signature must not stand beside a new table.
+
+        Returns:
+            The sha256 of what was written, hex.
         """
 
         def write(file: BinaryIO) -> None:
@@ -110,7 +134,7 @@ class RunDir:
                 if table.num_rows:
                     writer.write_table(table, row_group_size=rows_a_group)
 
-        self._write(path, write)
+        return self._write(path, write, unsign)
 
     def digest(self, path: str) -> str:
         """The sha256 of a file, hex."""
@@ -122,7 +146,22 @@ class RunDir:
         if self.exists(path):
             self._fs.rm(path, recursive=True)
 
-    def _write(self, path: str, write: Callable[[BinaryIO], object]) -> None:
+    def remove_unfinished(self, start: str) -> None:
+        """Deletes what killed processes left of writing files whose paths begin with `start`.
+
+        Only in a local folder, which is locked: elsewhere another process may be writing them.
+        """
+        folder, prefix = os.path.split(start)
+        if not self.is_local or not self.exists(folder):
+            return
+        for path in self._fs.ls(folder, detail=False):
+            name = os.path.basename(path)
+            if name.startswith(prefix) and name.endswith(".tmp"):
+                self._fs.rm(path)
+
+    def _write(
+        self, path: str, write: Callable[[BinaryIO], object], unsign: str | None = None
+    ) -> str:
         self._fs.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -131,11 +170,58 @@ class RunDir:
                 if isinstance(self._fs, LocalFileSystem):
                     file.flush()
                     os.fsync(file.fileno())
+            # before the rename: under the final name another process could have put its own
+            digest = self.digest(temporary)
+            if unsign is not None:
+                self.remove(unsign)
             self._fs.mv(temporary, path)
         except BaseException:
             if self._fs.exists(temporary):
                 self._fs.rm(temporary)
             raise
+        return digest
+
+
+@contextlib.contextmanager
+def locked(run: RunDir) -> Iterator[None]:
+    """Lets one process at a time write into a run folder; reading needs no lock.
+
+    A process that ends, in whatever way, holds the lock no longer. A remote folder is not locked,
+    nor is one on a file system that knows no locks.
+
+    Raises:
+        UsageError: another process is writing into it.
+    """
+    if not run.is_local:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = Path(run.local())
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = path.read_text(encoding="utf-8") if path.exists() else ""
+        raise UsageError(
+            f"{run.path} is being written by {holder or 'another process'}: wait until it has "
+            "ended, or choose another run_dir"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+    try:
+        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -163,7 +249,8 @@ class Shard:
                 return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False)
         except FileNotFoundError:
             raise InputError(
-                f"{path} is missing although its manifest is there; delete the manifest to redo it"
+                f"{path} is missing although its manifest is there: run the step that writes "
+                f"{table}/ again, or `capfilt run CONFIG`"
             ) from None
         except pa.ArrowInvalid as error:
             raise InputError(

@@ -180,22 +180,25 @@ def run_shard(transform: Transform, stage: Stage, shard: Shard, identity: Identi
         unique = "" if first == "uid" else " unique"
         raise InputError(f"{where}: rows are not sorted by a{unique} {first}")
     run = shard.run
-    # an old signature must not stand beside a new table
-    run.remove(run.manifest(stage.table, shard.name))
-    path = run.table(stage.table, shard.name)
-    run.write_table(path, table, PICTURES_A_GROUP if stage.table == "images" else ROWS_A_GROUP)
+    signature = run.manifest(stage.table, shard.name)
+    digest = run.write_table(
+        run.table(stage.table, shard.name),
+        table,
+        PICTURES_A_GROUP if stage.table == "images" else ROWS_A_GROUP,
+        unsign=signature,
+    )
     counts: dict[str, int] = {}
     if stage.count_by is not None:
         values = table.column(stage.count_by).to_pylist()
         counts = dict(Counter("ok" if value is None else str(value) for value in values))
     manifest.sign(
         run,
-        run.manifest(stage.table, shard.name),
+        signature,
         identity,
         rows=table.num_rows,
         counts=counts,
         seconds=time.perf_counter() - start,
-        sha256=run.digest(path),
+        sha256=digest,
         extra=stage.citation() if isinstance(stage, Citing) else None,
     )
     return Written(table.num_rows, counts)

@@ -14,6 +14,7 @@ from tiny import Said, Tiny
 
 from capfilt import cli, pipeline
 from capfilt.errors import PartialError
+from capfilt.shards import locked
 
 Cli = Callable[..., Said]
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,6 +182,27 @@ def test_a_shard_that_fails(tiny: Tiny, capfilt: Cli) -> None:
     assert len(tiny.run.shards("export")) == 4
 
 
+def test_a_run_that_is_being_written_is_left_alone_and_may_be_read(
+    tiny: Tiny, capfilt: Cli
+) -> None:
+    assert capfilt("ingest", tiny.config).code == 0
+    tiny.score()
+    assert capfilt("filter", tiny.config).code == 0
+    run = tiny.run.path
+    with locked(tiny.run):
+        for words in (
+            ["run", tiny.config],
+            ["filter", tiny.config],
+            ["report", tiny.config],
+            ["report", run],
+        ):
+            said = capfilt(*words)
+            assert said.code == 2 and f"written by process {os.getpid()} on " in said.err, words
+        for words in (["status", tiny.config], ["check", tiny.config], ["inspect", run, "--text"]):
+            assert capfilt(*words).code == 0, words
+    assert capfilt("report", run).code == 0
+
+
 def test_steps_that_come_too_early_say_what_to_run(tiny: Tiny, capfilt: Cli) -> None:
     for step in ("filter", "export", "report", "caption", "score"):
         said = capfilt(step, tiny.config)
@@ -204,9 +226,10 @@ def test_the_light_steps_import_no_torch(tiny: Tiny, capfilt: Cli) -> None:
 def test_results_on_stdout(tiny: Tiny, capfilt: Cli) -> None:
     capfilt("ingest", tiny.config)
     tiny.score()
-    said = capfilt("filter", tiny.config, "--set", "filter.itm_threshold=0.8")
+    tiny.values["filter"] = {"itm_threshold": 0.8}
+    said = capfilt("filter", tiny.config)
     assert said.out.startswith("filter: 12 rows in ") and "kept" in said.err
-    again = capfilt("filter", tiny.config, "--set", "filter.itm_threshold=0.8")
+    again = capfilt("filter", tiny.config)
     assert again.out.startswith("nothing to do") and "done before" in again.err
     capfilt("export", tiny.config)
     page = capfilt("report", tiny.config).out.strip()
@@ -246,6 +269,30 @@ def test_inspect_serves_the_page(tiny: Tiny, capfilt: Cli, monkeypatch: pytest.M
     assert seen["open_browser"] is True and seen["host"] == "127.0.0.1"
 
 
+def test_a_step_that_the_config_lacks(tiny: Tiny, capfilt: Cli) -> None:
+    tiny.values["model"] = {"preset": "base"}
+    for step, why in (("download", "web.urls"), ("features", "model.preset"), ("pretrain", "null")):
+        said = capfilt(step, tiny.config)
+        assert said.code == 0 and f"has no step {step}: " in said.out and why in said.out
+        assert "nothing to do" not in said.out
+    assert not tiny.run.exists(tiny.run.path)
+
+
+def test_what_could_not_be_read_is_on_the_line_of_its_step(tiny: Tiny, capfilt: Cli) -> None:
+    said = capfilt("ingest", tiny.config)
+    assert ", 1 download_failed, 1 image_unreadable in " in said.err
+
+
+def test_a_calibration_that_is_missing_is_called_so(tiny: Tiny, capfilt: Cli) -> None:
+    capfilt("ingest", tiny.config)
+    tiny.score()
+    capfilt("filter", tiny.config)
+    for step in ("filter", "export", "report"):
+        said = capfilt(step, tiny.config, "--set", "filter.calibration=nope.json")
+        assert said.code == 2 and "`capfilt calibrate CONFIG`" in said.err
+        assert "finetune" not in said.err
+
+
 def test_redo_names_a_step(tiny: Tiny, capfilt: Cli) -> None:
     said = capfilt("run", tiny.config, "--redo", "nothing")
     assert said.code == 2 and "'nothing' is none of download, ingest" in said.err
@@ -255,6 +302,43 @@ def test_interrupted(tiny: Tiny, capfilt: Cli, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     said = capfilt("ingest", tiny.config)
     assert said.code == 130 and said.err.splitlines()[-1].startswith("resume with: capfilt ingest")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="resource limits")
+def test_a_full_disk_is_one_message(tiny: Tiny, capfilt: Cli) -> None:
+    capfilt("ingest", tiny.config)
+    tiny.score()
+    capfilt("filter", tiny.config)
+    found = subprocess.run(
+        [
+            "bash",
+            "-c",
+            'ulimit -f 4; exec "$0" -m capfilt.cli report "$1"',
+            sys.executable,
+            tiny.config,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = found.stderr.splitlines()
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert lines[-2] == "error: File too large; what is finished is kept"
+    assert lines[-1] == f"resume with: capfilt report {tiny.config}"
+    assert not list(Path(tiny.run.path).glob("report*")), "nothing half written"
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    tiny: Tiny, capfilt: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "run/images")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    said = capfilt("ingest", tiny.config)
+    assert said.code == 1 and "error: run/images: Permission denied; what is" in said.err
+    assert "Traceback" not in said.err
 
 
 def test_resume_line_quotes(monkeypatch: pytest.MonkeyPatch, capfilt: Cli, tiny: Tiny) -> None:

@@ -44,17 +44,28 @@ def test_the_smallest_config_has_the_papers_defaults(tmp_path: Path) -> None:
         ("run_dir: a\nrun_dir: b\n", r"key 'run_dir' is there twice.*line 2"),
         ("? [a]\n: b\n", r"a key must be plain text"),
         ("a: \x00\n", r"not valid YAML"),
+        (f"a: {'[' * 3000}{']' * 3000}\n", r"not valid YAML.*recursion"),
+        (MINIMAL + "filter:\n  expression: width > 99999999999999999999\n", r"filter\.expression \(line 7\): .*too large for a whole number of 64 bits"),
         (MINIMAL + "seeed: 1\n", r"seeed \(line 6\): unknown key; did you mean 'seed'\?"),
         (MINIMAL + "zzz: 1\n", r"zzz \(line 6\): unknown key; known here: run_dir, seed"),
         (MINIMAL + "score:\n  batchsize: 1\n", r"score\.batchsize \(line 7\): unknown key; did you mean 'batch_size'"),
         (MINIMAL + "pretrain:\n  itc:\n    que_size: 1\n", r"pretrain\.itc\.que_size \(line 8\).*'queue_size'"),
         (MINIMAL + "demo:\n  serve: a\n  prt: 1\n", r"demo\.prt \(line 8\): unknown key; did you mean 'port'"),
         (MINIMAL + "seed: many\n", r"seed \(line 6\): .*integer.* \(is 'many'\)"),
+        (MINIMAL + "seed: true\n", r"seed \(line 6\): .*integer \(is True\)"),
+        (MINIMAL + 'seed: "5"\n', r"seed \(line 6\): .*integer \(is '5'\)"),
+        (MINIMAL + "filter:\n  top_fraction: off\n", r"filter\.top_fraction \(line 7\): .*number; write null to turn it off \(is False\)"),
+        (MINIMAL + "filter:\n  itc_threshold: off\n", r"filter\.itc_threshold \(line 7\): .*write null"),
+        (MINIMAL + "filter:\n  best_of: on\n", r"filter\.best_of \(line 7\): .*integer; write null .*True"),
+        (MINIMAL + "pretrain:\n  itc:\n    momentum: no\n", r"pretrain\.itc\.momentum \(line 8\): .*write null"),
+        (MINIMAL + "pretrain:\n  lr: '1e-4'\n", r"pretrain\.lr \(line 7\): .*number \(is '1e-4'\)"),
+        (MINIMAL + "export:\n  human: 1\n", r"export\.human \(line 7\): .*boolean"),
         (MINIMAL + "filter:\n  itm_threshold: 1.5\n", r"filter\.itm_threshold \(line 7\): .*less than or equal to 1 \(is 1\.5\)"),
         (MINIMAL + "pretrain:\n  lr: .inf\n", r"pretrain\.lr \(line 7\): .*finite"),
         (MINIMAL + "pretrain:\n  lr: .nan\n", r"pretrain\.lr \(line 7\)"),
         (MINIMAL + "download:\n  shard_size: 0\n", r"download\.shard_size \(line 7\)"),
         (MINIMAL + "download:\n  shard_size: 100001\n", r"download\.shard_size \(line 7\): .*100000"),
+        (MINIMAL + "download:\n  max_area_px: 89478486\n", r"download\.max_area_px \(line 7\): .*89478485"),
         (MINIMAL + "download: 3\n", r"download \(line 6\): .* \(is 3\)"),
         (MINIMAL + "model:\n  preset: tiny\n", r"model\.preset \(line 7\): .*'small', 'base' or 'large'.*'tiny'"),
         (MINIMAL + "  pairs: x\n", r"web \(line 4\): give exactly one of `urls`"),
@@ -93,6 +104,24 @@ def test_a_config_that_is_not_there_names_those_that_are(
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff\n")
     with pytest.raises(ConfigError, match=r"can't be read"):
         load("latin.yaml")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = MINIMAL.replace("runs/x", "~/x").replace("human.jsonl", "~/human.jsonl")
+    config = load(write(tmp_path, text), ("filter.columns=~/own.csv", "human.images=~"))
+    assert (config.run_dir, config.human.pairs) == (f"{tmp_path}/x", f"{tmp_path}/human.jsonl")
+    assert (config.filter.columns, config.human.images) == (f"{tmp_path}/own.csv", None)
+    assert load(write(tmp_path, MINIMAL), ("human.images='~'",)).human.images == str(tmp_path)
+    assert load(write(tmp_path, MINIMAL), ("run_dir=s3://b/~x",)).run_dir == "s3://b/~x"
+
+
+@pytest.mark.parametrize(
+    "key", ["run_dir", "human.pairs", "human.images", "web.urls", "filter.columns"]
+)
+def test_a_path_is_not_empty(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}\b.*at least 1 character"):
+        load(write(tmp_path, MINIMAL), (f"{key}=''",))
 
 
 def test_labels_need_a_training(tmp_path: Path) -> None:
@@ -144,6 +173,15 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "lr"),
+    [("1e-4", 1e-4), ("2E3", 2000.0), ("1.5e2", 150.0), ("1.0e-3", 0.001), ("3", 3.0)],
+)
+def test_numbers_with_an_exponent(tmp_path: Path, text: str, lr: float) -> None:
+    assert load(write(tmp_path, MINIMAL), (f"matcher.lr={text}",)).matcher.lr == lr
+    assert load(write(tmp_path, MINIMAL + f"matcher:\n  lr: {text}\n")).matcher.lr == lr
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("seed", r"--set 'seed': expected key\.subkey=value"),
@@ -151,6 +189,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("score..x=1", r"expected key\.subkey=value"),
         ("run_dir.x=1", r"'run_dir' holds a value, not a section"),
         ("seed=[1", r"the value is not YAML"),
+        ("filter={best_of: 1, best_of: 2}", r"the value is not YAML.*'best_of' is there twice"),
         ("score.bach_size=1", r"score\.bach_size.*unknown key; did you mean 'batch_size'"),
     ],
 )
@@ -262,6 +301,14 @@ def test_the_fingerprint_changes_with_every_deciding_field_and_no_other(
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_workers_stay_out_of_the_fingerprint(processes: int, threads: int) -> None:
     assert print_of(Download()) == print_of(Download(processes=processes, threads=threads))
+
+
+def test_what_download_takes_later_steps_can_decode() -> None:
+    from capfilt.models.images import MAX_PIXELS
+
+    assert Download(max_area_px=MAX_PIXELS).max_area_px == MAX_PIXELS
+    with pytest.raises(ValidationError, match="max_area_px"):
+        Download(max_area_px=MAX_PIXELS + 1)
 
 
 def test_a_deciding_config_is_plain_json() -> None:

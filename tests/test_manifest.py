@@ -80,6 +80,14 @@ def test_what_is_signed_is_done(tmp_path: Path) -> None:
     assert not manifest.is_done(run, run.manifest("scores", "web-00001"), BASE)
 
 
+def test_what_is_signed_and_gone_is_not_done(tmp_path: Path) -> None:
+    run, path = signed(tmp_path)
+    table = run.table("scores", "web-00000")
+    assert not manifest.is_done(run, path, BASE, table=table)
+    run.write_text(table, "")
+    assert manifest.is_done(run, path, BASE, table=table)
+
+
 def test_another_identity_names_the_keys_and_the_way_out(tmp_path: Path) -> None:
     run, path = signed(tmp_path)
     now = Identity("score", 2, {"max_tokens": 40, "inner": {"a": 1, "b": [1]}}, {"images": "f"}, {})

@@ -1,20 +1,32 @@
+import json
 from pathlib import Path
 
 import pytest
 from tiny import COLOURS, Tiny, picture
 
 from capfilt import manifest, pipeline
+from capfilt.check import check
 from capfilt.config import Config, load
 from capfilt.engine.local import StageResult
 from capfilt.errors import InputError, MismatchError, PartialError, UsageError
 from capfilt.manifest import Identity
 from capfilt.pipeline import Update
 from capfilt.schema import REASONS
-from capfilt.shards import RunDir, Shard
+from capfilt.shards import RunDir, Shard, locked
 
 
 def do(tiny: Tiny, *steps: str, redo: str | None = None) -> list[StageResult]:
     return pipeline.run(load(tiny.config), steps=steps, redo=redo)
+
+
+def test_only_the_first_of_several_processes_locks(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locked(tiny.run):
+        with pytest.raises(UsageError, match="is being written by"):
+            do(tiny, "ingest")
+        monkeypatch.setattr(pipeline.ranks, "is_first", lambda: False)
+        assert do(tiny, "ingest") == []
 
 
 def test_steps_run_in_order_and_report(tiny: Tiny) -> None:
@@ -56,6 +68,61 @@ def test_another_threshold_needs_no_redo(tiny: Tiny) -> None:
     assert [result.done for result in results] == [0, 5, 5, 1]
 
 
+def test_what_a_killed_process_left_of_the_report_is_removed(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter")
+    for name in ("report.html.0a1b2c3d.tmp", "report.manifest.json.0a1b2c3d.tmp", "mine.tmp"):
+        Path(tiny.run.at(name)).write_text("half")
+    do(tiny, "report")
+    assert [path.name for path in Path(tiny.run.path).glob("*.tmp")] == ["mine.tmp"]
+
+
+def test_a_table_that_is_gone_is_made_again(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter", "export")
+    for table, step in (("images", "ingest"), ("decisions", "filter"), ("export", "export")):
+        path = Path(tiny.run.table(table, "web-00001"))
+        before = path.read_bytes()
+        path.unlink()
+        (result,) = do(tiny, step)
+        assert result.done == 1 and path.read_bytes() == before
+    Path(tiny.run.table("images", "web-00001")).unlink()
+    assert any("4 of 5 shards" in line for line in check(load(tiny.config)))
+
+
+def test_export_and_report_take_no_decisions_of_another_filter(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    with pytest.raises(InputError, match=r"not decided yet: run `capfilt filter CONFIG`"):
+        do(tiny, "report")
+    tiny.values["filter"] = {"itm_threshold": 0.9}
+    do(tiny, "filter", "export", "report")
+    page = Path(tiny.run.at("report.html"))
+    before = page.read_bytes()
+    tiny.values["filter"] = {"itm_threshold": 0.4}
+    for step in ("export", "report"):
+        with pytest.raises(
+            MismatchError,
+            match=r"filter\.itm_threshold: 0\.9 there, 0\.4 now(.|\n)*`capfilt filter CONFIG`",
+        ):
+            do(tiny, step)
+    assert page.read_bytes() == before
+    assert [result.done for result in do(tiny, "filter", "export", "report")] == [5, 5, 1]
+    # scored anew
+    manifest.sign(
+        tiny.run,
+        tiny.run.manifest("scores", "web-00000"),
+        Identity("score", 2, {}),
+        rows=3,
+        counts={},
+        seconds=0,
+    )
+    with pytest.raises(MismatchError, match=r"upstream\.scores"):
+        do(tiny, "export")
+
+
 def test_changed_content_makes_later_work_stale(tiny: Tiny) -> None:
     """The fingerprint of the pictures stays; what is fetched again may be other bytes."""
     do(tiny, "ingest")
@@ -93,6 +160,53 @@ def test_a_shorter_list_is_an_error_or_cleared(tiny: Tiny) -> None:
         assert tiny.run.shards(table, ("web",)) == ["web-00000"], table
 
 
+@pytest.mark.parametrize("list_is_there", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_later_steps_wait_for_a_shard_that_is_not_finished(
+    tiny: Tiny, list_is_there: bool, told: bool
+) -> None:
+    """It must not look as if the list had become shorter: their work would be cleared away."""
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter", "export")
+    if not told:  # manifests of before said nothing of the list
+        for name in tiny.run.shards("images"):
+            path = Path(tiny.run.manifest("images", name))
+            record = json.loads(path.read_text())
+            assert record.pop("list_shards") == {"web": 3, "human": 2}[name.split("-")[0]]
+            path.write_text(json.dumps(record))
+    tiny.run.remove(tiny.run.manifest("images", "web-00002"))
+    if not list_is_there:
+        (tiny.folder / "web.jsonl").rename(tiny.folder / "moved.jsonl")
+    if told or list_is_there:
+        tiny.values["matcher"] = {"itm": {"web_negatives": 0.5}}
+        for step in ("features", "matcher", "caption", "score", "filter", "export"):
+            with pytest.raises(InputError, match=r"lacks web-00002 .*`capfilt ingest CONFIG`"):
+                do(tiny, step)
+        assert len(tiny.run.shards("decisions")) == len(tiny.run.shards("export")) == 5
+    else:
+        assert [result.skipped for result in do(tiny, "export")] == [4]
+
+
+def test_later_steps_need_no_list(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    for source in ("human", "web"):
+        (tiny.folder / f"{source}.jsonl").unlink()
+    assert [result.done for result in do(tiny, "filter", "export", "report")] == [5, 5, 1]
+
+
+def test_later_steps_need_shards_of_both_sources(tiny: Tiny) -> None:
+    do(tiny, "ingest")
+    tiny.score()
+    do(tiny, "filter")
+    for name in tiny.run.shards("images", ("web",)):
+        tiny.run.remove(tiny.run.manifest("images", name))
+    with pytest.raises(InputError, match=r"no finished shards of web pairs: run `capfilt ingest"):
+        do(tiny, "filter")
+    assert len(tiny.run.shards("decisions")) == 5
+
+
 def test_a_shard_that_fails_stops_after_its_step(tiny: Tiny) -> None:
     do(tiny, "ingest")
     tiny.score()
@@ -114,7 +228,7 @@ def downloading(tiny: Tiny) -> Config:
     return load(tiny.config)
 
 
-def test_retry_forgets_only_shards_with_failures(tiny: Tiny) -> None:
+def test_retry_names_only_shards_with_failures_and_leaves_them_signed(tiny: Tiny) -> None:
     from capfilt.stage import identify, identify_shared
     from capfilt.stages.download import DownloadStage
 
@@ -126,17 +240,18 @@ def test_retry_forgets_only_shards_with_failures(tiny: Tiny) -> None:
         identity = identify(stage, tiny.run, name, shared)
         path = tiny.run.manifest("images", name)
         manifest.sign(tiny.run, path, identity, rows=3, counts=counted, seconds=1)
-    assert pipeline.forget_failed(config) == ["web-00001"]
-    assert tiny.run.shards("images") == ["web-00000"]
-    assert stage.pending() == ["web-00001", "web-00002"]
+        tiny.run.write_text(tiny.run.table("images", name), "pictures")
+    assert pipeline.failed_shards(config) == ("web-00001",)
+    assert tiny.run.shards("images") == ["web-00000", "web-00001"]
+    assert stage.pending() == ["web-00002"]
     tiny.values["download"]["timeout_s"] = 3
     with pytest.raises(MismatchError, match=r"timeout_s"):
-        pipeline.forget_failed(load(tiny.config))
+        pipeline.failed_shards(load(tiny.config))
 
 
 def test_nothing_to_retry_where_nothing_is_downloaded(tiny: Tiny) -> None:
     with pytest.raises(UsageError, match=r"web\.urls is not set"):
-        pipeline.forget_failed(load(tiny.config))
+        pipeline.failed_shards(load(tiny.config))
 
 
 def test_the_demo_serves_only_when_something_is_pending(tiny: Tiny) -> None:
@@ -162,6 +277,29 @@ def test_models_wait_for_what_they_read(tiny: Tiny) -> None:
         do(tiny, "matcher")
 
 
+@pytest.mark.parametrize("how", ["safetensors", "torch"])
+def test_a_full_disk_in_a_training_is_an_os_error(tiny: Tiny, how: str) -> None:
+    from safetensors import SafetensorError
+
+    def train(*_: object) -> dict[str, object]:
+        if how == "safetensors":
+            raise SafetensorError("I/O error: No space left on device")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail] unexpected pos") from None
+
+    identity = Identity("captioner", 1, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        pipeline._train(identity, tiny.run, load(tiny.config), False, pipeline._ignore, train)
+
+    def broken(*_: object) -> dict[str, object]:
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        pipeline._train(identity, tiny.run, load(tiny.config), False, pipeline._ignore, broken)
+
+
 def test_status_reads_manifests_only(tiny: Tiny) -> None:
     do(tiny, "ingest")
     path = tiny.run.at("models", "matcher", "manifest.json")
@@ -185,6 +323,11 @@ def test_status_reads_manifests_only(tiny: Tiny) -> None:
 def test_note_of() -> None:
     result = StageResult("filter", rows=2000, seconds=4.0, counts={"kept": 3, "duplicate": 1})
     assert pipeline.note_of(result) == "2,000 rows, 500/s, 75% kept"
+    result = StageResult("export", rows=2, seconds=1.0, counts={"web": 1, "human": 1})
+    assert pipeline.note_of(result) == "2 rows, 2/s"
+    counts = {"ok": 3, "image_unreadable": 1000, "download_failed": 2}
+    result = StageResult("ingest", rows=2, seconds=1.0, counts=counts)
+    assert pipeline.note_of(result) == "2 rows, 2/s, 2 download_failed, 1,000 image_unreadable"
 
 
 def test_an_empty_run_folder_has_a_status(tmp_path: Path) -> None:

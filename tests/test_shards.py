@@ -1,3 +1,6 @@
+import errno
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -6,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capfilt.errors import InputError
-from capfilt.shards import RunDir, Shard
+from capfilt.errors import InputError, UsageError
+from capfilt.shards import LOCK, RunDir, Shard, locked
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -106,3 +109,69 @@ def test_remove(tmp_path: Path) -> None:
     run.remove(run.at("a"))
     run.remove(run.at("a"))
     assert not run.exists(run.at("a"))
+
+
+def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path / "run"))
+    with locked(run):
+        said = rf"run is being written by process {os.getpid()} on {platform.node()}: wait"
+        with pytest.raises(UsageError, match=said), locked(run):
+            pass
+        with locked(RunDir(str(tmp_path / "other"))):
+            run.write_text(run.at("a"), "x")
+    with locked(run):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "a"], "it leaves nothing behind"
+    with locked(RunDir("memory://run")), locked(RunDir("memory://run")):
+        pass
+
+
+_HOLD = """
+import sys
+from capfilt.shards import RunDir, locked
+with locked(RunDir(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path / "run"))
+    words = [sys.executable, "-c", _HOLD, run.path]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=rf"by process {child.pid} on "), locked(run):
+            pass
+        child.kill()
+    assert run.exists(run.at(LOCK)), "what it left"
+    with locked(run):
+        assert str(os.getpid()) in run.read_text(run.at(LOCK))
+    assert not run.exists(run.at(LOCK))
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import filelock
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with locked(RunDir(str(tmp_path))):
+        pass
+
+
+def test_the_digest_is_of_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what stands under the name by then."""
+    run = RunDir(str(tmp_path))
+    path = run.table("t", "web-00000")
+    expected = run.write_table(path, pa.table({"n": [1]}))
+    assert expected == run.digest(path)
+    digest = RunDir.digest
+
+    def other_first(self: RunDir, path_: str) -> str:
+        monkeypatch.setattr(RunDir, "digest", digest)
+        run.write_table(path, pa.table({"n": [2]}))
+        return digest(self, path_)
+
+    monkeypatch.setattr(RunDir, "digest", other_first)
+    assert run.write_table(path, pa.table({"n": [1]})) == expected == run.digest(path)

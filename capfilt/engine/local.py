@@ -48,6 +48,7 @@ def run_stage(
     *,
     device: str | Callable[[], str] = "cpu",
     redo: bool = False,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> StageResult:
     """Runs a stage over shards; a shard that fails is recorded and the others go on.
@@ -58,6 +59,7 @@ def run_stage(
         shards: names of the shards.
         device: where its models run; a function is asked only when there is something to do.
         redo: replace work that was done with another config.
+        again: do also what is done already, and replace it.
         progress: told after each shard.
 
     Returns:
@@ -75,7 +77,14 @@ def run_stage(
     for name in shards:
         identity = identify(stage, run, name, shared)
         path = run.manifest(stage.table, name)
-        if manifest.is_done(run, path, identity, stale_is_pending=redo or stage.cheap):
+        done = manifest.is_done(
+            run,
+            path,
+            identity,
+            table=run.table(stage.table, name),
+            stale_is_pending=redo or stage.cheap,
+        )
+        if done and not again:
             result.skipped += 1
             record = manifest.read(run, path)
             totals.update(record["counts"] if record else {})
@@ -83,6 +92,7 @@ def run_stage(
             pending.append((name, identity))
     transform = None
     if pending:
+        run.remove_unfinished(run.at(stage.table, ""))
         transform = stage.open(device if isinstance(device, str) else device())
     for position, (name, identity) in enumerate(pending):
         assert transform is not None

@@ -44,7 +44,7 @@ class FilterStage:
     config: Filter
     run: RunDir
     name: str = "filter"
-    version: int = 2
+    version: int = 3
     table: str = "decisions"
     schema: pa.Schema = field(default=DECISIONS, repr=False)
     sources: tuple[str, ...] = ("web", "human")
@@ -60,9 +60,8 @@ class FilterStage:
     @property
     def reads_all(self) -> tuple[str, ...]:
         """Duplicates and the top fraction are looked for in the whole run."""
-        if self.config.top_fraction is not None:
-            return self.reads
-        return ("scores",) if self.config.drop_duplicates else ()
+        everywhere = self.config.drop_duplicates or self.config.top_fraction is not None
+        return self.reads if everywhere else ()
 
     def weights(self) -> dict[str, Path]:
         """No model takes part; the calibration and the user's table decide as one would.
@@ -72,12 +71,7 @@ class FilterStage:
         """
         found = {}
         if self.config.calibration is not None:
-            found["calibration"] = path = Path(self.config.calibration)
-            if not path.is_file():
-                raise InputError(
-                    f"filter.calibration: {path} is not there; write it with `capfilt calibrate "
-                    "CONFIG`, or set filter.calibration: null"
-                )
+            found["calibration"] = calibration_file(self.config.calibration)
         if self.config.columns is not None and _own_columns(self.config):
             found["columns"] = path = Path(self.config.columns)
             if not path.is_file():
@@ -88,6 +82,23 @@ class FilterStage:
         """What the calibration promised."""
         return cite(self.config.calibration)
 
+    def read_inputs(self) -> "tuple[Calibration | None, Own | None]":
+        """The calibration and the user's table, where the config names them.
+
+        Needs no scores: what doesn't fit is found before a run comes to them.
+
+        Raises:
+            ConfigError: the expression does not fit the columns' types.
+            InputError: a file is missing, or not what it should be.
+        """
+        self.weights()
+        cited, expression = self.config.calibration, self.config.expression
+        calibration = None if cited is None else read_calibration(cited)
+        own = read_own(self.config)
+        if expression is not None:
+            _check_types(expression, own)
+        return calibration, own
+
     def open(self, device: str) -> Transform:
         """Finds what needs the whole run, once: the duplicates and where the top fraction ends.
 
@@ -96,22 +107,31 @@ class FilterStage:
             InputError: the calibration is of another matcher, or lacks a source.
         """
         config = self.config
-        calibration = None
-        if config.calibration is not None:
-            calibration = read_calibration(config.calibration)
+        calibration, own = self.read_inputs()
+        if calibration is not None:
             for name in self.run.shards("scores", ("web",)):
                 calibration.check_matcher(self.run, name)
-        own = None
-        if config.expression is not None:
-            own = read_own(config)
-            _check_types(config.expression, own)
-        duplicates = pa.array([], pa.string())
+        rules = Rules(config, pa.array([], pa.string()), calibration, own=own)
         if config.drop_duplicates:
-            duplicates = pa.array(sorted(find_duplicates(self.run)), pa.string())
-        rules = Rules(config, duplicates, calibration, own=own)
+            found = sorted(find_duplicates(self.run, rules))
+            rules = replace(rules, duplicates=pa.array(found, pa.string()))
         if config.top_fraction is not None:
             rules = replace(rules, cut=find_cut(self.run, rules))
         return partial(decide, rules=rules)
+
+
+def calibration_file(path: str) -> Path:
+    """Where `filter.calibration` lies.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not Path(path).is_file():
+        raise InputError(
+            f"filter.calibration: {path} is not there; write it with `capfilt calibrate CONFIG`, "
+            "or set filter.calibration: null"
+        )
+    return Path(path)
 
 
 @dataclass(frozen=True)
@@ -135,7 +155,7 @@ class Rules:
 
     Attributes:
         config: of the filter.
-        duplicates: ids of pairs that stand earlier in the run.
+        duplicates: ids of pairs in whose place another one of the same content counts.
         calibration: of `config.calibration`.
         cut: where the top fraction ends; None when there is none, or while it is looked for.
         own: the user's table, where the expression names a column of it.
@@ -210,32 +230,53 @@ def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column
 
 
-def find_duplicates(run: RunDir) -> frozenset[str]:
-    """The pair ids whose picture and text stand earlier in the run (human pairs count as first).
+SOURCE_ORDER = ("human", "web", "synthetic")
+"""Which of several pairs of the same content counts: one of the first source here."""
 
-    Holds 8 bytes a pair of the run: 0.8 GB for a hundred million.
+
+def find_duplicates(run: RunDir, rules: Rules) -> frozenset[str]:
+    """The pair ids in whose place another pair with the same picture and text counts.
+
+    That is one which the rules over the pair alone leave, if there is any; of several the one of
+    the first source of `SOURCE_ORDER`, and of these the first of the run.
+
+    Holds 8 bytes a pair of the run: 0.8 GB for a hundred million; and what is there more than once.
     """
     shards = run.shards("scores", ("human",)) + run.shards("scores", ("web",))
     seen: list[np.ndarray] = []
     for name in shards:
-        uids = Shard(run, name).read("scores", ["uid"]).column("uid").drop_null()
         # the first 64 bits of a sha256; candidates are confirmed by the whole uid below
-        seen.append(np.array([int(uid[:16], 16) for uid in uids.to_pylist()], dtype=np.uint64))
+        seen.append(_hashes(Shard(run, name).read("scores", ["uid"])["uid"].drop_null()))
     hashes = np.sort(np.concatenate(seen)) if seen else np.empty(0, np.uint64)
-    repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    if not repeated:
-        return frozenset()
-    first: set[str] = set()
+    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    wanted = set(repeated.tolist())
+    counts: dict[str, tuple[tuple[bool, int], str]] = {}
     duplicates: list[str] = []
-    for name in shards:
-        table = Shard(run, name).read("scores", ["pair_id", "uid"])
-        for pair_id, uid in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            if uid is None or int(uid[:16], 16) not in repeated:
+    for name, own in zip(shards, seen, strict=True):
+        if not np.isin(own, repeated).any():
+            continue
+        shard = Shard(run, name)
+        scores = shard.read("scores")
+        dropped = pc.or_(
+            pc.is_valid(scores["error"]), pc.is_valid(_by_pair(shard, scores, rules)[0])
+        )
+        columns = (scores["uid"], scores["pair_id"], scores["source"], dropped)
+        for uid, pair_id, source, out in zip(*(each.to_pylist() for each in columns), strict=True):
+            if uid is None or int(uid[:16], 16) not in wanted:
                 continue
-            if uid in first:
+            place = (out, SOURCE_ORDER.index(source))
+            if uid not in counts:
+                counts[uid] = place, pair_id
+            elif place < counts[uid][0]:
+                duplicates.append(counts[uid][1])
+                counts[uid] = place, pair_id
+            else:
                 duplicates.append(pair_id)
-            first.add(uid)
     return frozenset(duplicates)
+
+
+def _hashes(uids: pa.ChunkedArray) -> np.ndarray:
+    return np.array([int(uid[:16], 16) for uid in uids.to_pylist()], dtype=np.uint64)
 
 
 def decide(shard: Shard, *, rules: Rules) -> pa.Table:
@@ -296,48 +337,53 @@ def judge(shard: Shard, rules: Rules) -> Judged:
     """Applies the rules up to `not_best` (see `ORDER`)."""
     config = rules.config
     scores = shard.read("scores")
-    itm, itc = _floats(scores["itm_prob"]), _floats(scores["itc_sim"])
-    fused = (config.fuse.itm * itm + config.fuse.itc * itc) / (config.fuse.itm + config.fuse.itc)
-    not_human = pc.not_equal(scores["source"], "human")
-    reason = pa.chunked_array([pa.nulls(scores.num_rows, pa.string())])
-
-    def drop(reason: pa.ChunkedArray, where: Any, name: str) -> pa.ChunkedArray:
-        return pc.if_else(pc.and_(_none(reason), where), name, reason)
-
-    def drop_judged(reason: pa.ChunkedArray, where: Any, name: str) -> pa.ChunkedArray:
-        return drop(reason, pc.and_(not_human, where), name)
-
-    reason = drop(reason, pc.is_in(scores["pair_id"], value_set=rules.duplicates), "duplicate")
+    reason, ranks = _by_pair(shard, scores, rules)
+    is_duplicate = pc.is_in(scores["pair_id"], value_set=rules.duplicates)
+    reason = pc.if_else(is_duplicate, "duplicate", reason)
     has_score = pc.and_(pc.is_null(scores["error"]), pc.is_valid(scores["itm_prob"]))
-    counted = pc.and_(pc.and_(not_human, has_score), _none(reason))
-    synthetic = _bools(pc.equal(scores["source"], "synthetic"))
-    itm_limit = _limits(synthetic, config.itm_threshold, config.synthetic_itm_threshold)
-    itc_limit = _limits(synthetic, config.itc_threshold, config.synthetic_itc_threshold)
-    reason = drop_judged(reason, pa.array(itm < itm_limit), "itm_below_threshold")
-    reason = drop_judged(reason, pa.array(itc < itc_limit), "itc_below_threshold")
-    if config.fused_threshold is not None:
-        reason = drop_judged(
-            reason, pa.array(fused < config.fused_threshold), "fused_below_threshold"
+    counted = _bools(
+        pc.and_(
+            pc.and_(pc.not_equal(scores["source"], "human"), has_score), pc.invert(is_duplicate)
         )
-    probability = None
-    if rules.calibration is not None:
-        probability, passes = _calibrated(rules.calibration, scores, itm, itc)
-        reason = drop_judged(reason, pa.array(~passes), "below_precision")
-    if config.expression is not None:
-        holds = _holds(config.expression, scores, shard, rules.own)
-        reason = drop_judged(reason, pc.invert(holds), "expression")
-    ranks = {"itm": itm, "itc": itc, "fused": fused, "probability": probability}
-    rank = ranks[config.rank_by]
-    assert rank is not None
-    rank = rank + 0.0  # -0.0 and 0.0 are the same score
+    )
+    rank = ranks[config.rank_by] + 0.0  # -0.0 and 0.0 are the same score
     if config.best_of is not None:
         contenders = pc.and_(
             pc.and_(pc.equal(scores["source"], "synthetic"), has_score), _none(reason)
         )
         worse = _not_best(scores, rank, _bools(contenders), config.best_of)
-        reason = drop(reason, pa.array(worse), "not_best")
-    counted = _bools(counted)
+        reason = pc.if_else(pc.and_(_none(reason), pa.array(worse)), "not_best", reason)
     return Judged(scores, reason, counted, counted & _bools(_none(reason)), rank)
+
+
+def _by_pair(
+    shard: Shard, scores: pa.Table, rules: Rules
+) -> tuple[pa.ChunkedArray, dict[str, np.ndarray]]:
+    """Why the rules over a pair alone drop it, or null; and what `rank_by` may name. N each."""
+    config = rules.config
+    itm, itc = _floats(scores["itm_prob"]), _floats(scores["itc_sim"])
+    fused = (config.fuse.itm * itm + config.fuse.itc * itc) / (config.fuse.itm + config.fuse.itc)
+    ranks = {"itm": itm, "itc": itc, "fused": fused}
+    not_human = pc.not_equal(scores["source"], "human")
+    reason = pa.chunked_array([pa.nulls(scores.num_rows, pa.string())])
+
+    def drop(reason: pa.ChunkedArray, where: Any, name: str) -> pa.ChunkedArray:
+        return pc.if_else(pc.and_(_none(reason), pc.and_(not_human, where)), name, reason)
+
+    synthetic = _bools(pc.equal(scores["source"], "synthetic"))
+    itm_limit = _limits(synthetic, config.itm_threshold, config.synthetic_itm_threshold)
+    itc_limit = _limits(synthetic, config.itc_threshold, config.synthetic_itc_threshold)
+    reason = drop(reason, pa.array(itm < itm_limit), "itm_below_threshold")
+    reason = drop(reason, pa.array(itc < itc_limit), "itc_below_threshold")
+    if config.fused_threshold is not None:
+        reason = drop(reason, pa.array(fused < config.fused_threshold), "fused_below_threshold")
+    if rules.calibration is not None:
+        ranks["probability"], passes = _calibrated(rules.calibration, scores, itm, itc)
+        reason = drop(reason, pa.array(~passes), "below_precision")
+    if config.expression is not None:
+        holds = _holds(config.expression, scores, shard, rules.own)
+        reason = drop(reason, pc.invert(holds), "expression")
+    return reason, ranks
 
 
 def _limits(synthetic: np.ndarray, web: float | None, own: float | None) -> np.ndarray:
@@ -439,12 +485,20 @@ def _evaluate(expression: str, table: pa.Table) -> pa.ChunkedArray:
 
 
 def _check_types(expression: str, own: Own | None = None) -> None:
-    """Tries the expression on no rows, so that a wrong type is found before anything is decided."""
-    kinds = {name: SCORES.field(name).type for name in SCORE_COLUMNS}
-    kinds |= {name: IMAGES.field(name).type for name in IMAGE_COLUMNS}
+    """Tries the expression on a made-up row, so that a mistake is found before anything is decided.
+
+    A row, and not none: a regular expression is read only when there is something to match.
+    """
+    fields = [SCORES.field(name) for name in SCORE_COLUMNS]
+    fields += [IMAGES.field(name) for name in IMAGE_COLUMNS]
+    columns = {
+        field.name: pa.array(["a" if pa.types.is_string(field.type) else 1], field.type)
+        for field in fields
+    }
     if own is not None:
-        kinds |= {each.name: each.type for each in own.table.schema if each.name != own.by}
-    _evaluate(expression, pa.table({name: pa.array([], kind) for name, kind in kinds.items()}))
+        first = own.table.slice(0, 1)
+        columns |= {name: first[name] for name in first.column_names if name != own.by}
+    _evaluate(expression, pa.table(columns))
 
 
 # --- top fraction --------------------------------------------------------------------------------

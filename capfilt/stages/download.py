@@ -14,6 +14,7 @@ import string
 import subprocess
 import sys
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,11 +33,13 @@ from capfilt.stage import Transform, identify, identify_shared
 from capfilt.stages.lists import (
     CAPTION_COLUMNS,
     caption_lists,
+    check_texts,
     find_column,
     read_list,
     shard_names,
     shard_rows,
     text_column,
+    warn_of_line_breaks,
 )
 from capfilt.stages.pictures import (
     Limits,
@@ -107,6 +110,7 @@ def _open_list(config: Config) -> _Input:
     url_column = find_column(table, (web.url_column,), web.urls, "web.url_column")
     wanted = (web.caption_column,) if web.caption_column else CAPTION_COLUMNS
     caption_column = find_column(table, wanted, web.urls, "web.caption_column")
+    check_texts(table, caption_column, web.urls, "web.caption_column")
     return _Input(table, url_column, caption_column, web.urls)
 
 
@@ -115,18 +119,20 @@ class DownloadStage:
     """Fetches the pictures of `web.urls`; a URL that fails is a row with a reason.
 
     The identity covers the whole list. What a URL answers is outside of it: a dead link stays dead
-    in the books until the manifest of its shard is deleted.
+    in the books until it is retried.
 
     Attributes:
         run: the run folder, which must be local.
         settings: the run's whole config.
+        retry: shards of which only the pictures that could not be fetched are fetched, once more;
+            all others stay as they are. Without any, whole shards are fetched.
     """
 
     run: RunDir
     settings: Config
+    retry: tuple[str, ...] = ()
 
     name: str = field(default="download", init=False)
-    version: int = field(default=1, init=False)
     table: str = field(default="images", init=False)
     schema: pa.Schema = field(default=IMAGES, init=False, repr=False)
     reads: tuple[str, ...] = field(default=(), init=False)
@@ -134,6 +140,11 @@ class DownloadStage:
     sources: tuple[str, ...] = field(default=("web",), init=False)
     count_by: str | None = field(default="reason", init=False)
     cheap: bool = field(default=False, init=False)
+
+    @property
+    def version(self) -> int:
+        """2 where pictures are shrunk: 16-bit ones came out white, and thin ones too thin."""
+        return 1 if self.settings.download.max_side_px is None else 2
 
     @property
     def config(self) -> DownloadConfig:
@@ -148,10 +159,17 @@ class DownloadStage:
         """The list: its digest is part of the identity."""
         return {"urls": Path(str(self.settings.web.urls))}
 
+    def citation(self) -> dict[str, Any]:
+        """How many shards the list makes: later steps know by it when one is not finished."""
+        return {"list_shards": len(list_shards(self.settings))}
+
     def open(self, device: str) -> Transform:
         """Reads the list; the function that it returns starts img2dataset when it needs to."""
-        fetch = _Fetch(self, _open_list(self.settings), Path(self.run.local("download")))
-        return fetch.convert
+        if self.retry:
+            return _Retry(self, Path(self.run.local("download")) / "retry").convert
+        listed = _open_list(self.settings)
+        warn_of_line_breaks(listed.table, listed.url_column, listed.path)
+        return _Fetch(self, listed, Path(self.run.local("download"))).convert
 
     def pending(self) -> list[str]:
         """The shards that are not signed with this identity."""
@@ -164,9 +182,27 @@ class DownloadStage:
                 self.run,
                 self.run.manifest(self.table, shard),
                 identify(self, self.run, shard, shared),
+                table=self.run.table(self.table, shard),
                 stale_is_pending=True,
             )
         ]
+
+    def with_failures(self) -> tuple[str, ...]:
+        """The finished shards that hold a picture which could not be fetched.
+
+        Raises:
+            MismatchError: a shard was downloaded with another config.
+        """
+        shared = identify_shared(self, self.run)
+        found = []
+        for shard in list_shards(self.settings):
+            path, made = self.run.manifest(self.table, shard), self.run.table(self.table, shard)
+            identity = identify(self, self.run, shard, shared)
+            if manifest.is_done(self.run, path, identity, table=made):
+                record = manifest.read(self.run, path)
+                if record is not None and record["counts"].get("download_failed"):
+                    found.append(shard)
+        return tuple(found)
 
 
 class _Fetch:
@@ -222,9 +258,7 @@ class _Fetch:
         except (OSError, ValueError, KeyError):
             return None
         raw = self.raw / f"{number:05d}.parquet"
-        # img2dataset writes the statistics after it has closed the pictures' file
-        finished = raw.is_file() and (self.raw / f"{number:05d}_stats.json").is_file()
-        return raw if finished and plan["fingerprint"] == self._fingerprint() else None
+        return raw if _finished(raw) and plan["fingerprint"] == self._fingerprint() else None
 
     def _fetch_pending(self) -> None:
         """Runs img2dataset over all rows of all pending shards.
@@ -258,58 +292,149 @@ class _Fetch:
             len(shards),
             self.log,
         )
-        code = run_img2dataset(
-            {
-                "url_list": str(self.urls),
-                "input_format": "parquet",
-                "url_col": "url",
-                "save_additional_columns": ["row"],
-                "output_folder": str(self.raw),
-                "output_format": "parquet",
-                "number_sample_per_shard": download.shard_size,
-                "processes_count": min(download.processes, len(shards)),
-                "thread_count": download.threads,
-                "timeout": download.timeout_s,
-                "retries": download.retries,
-                "user_agent_token": download.user_agent,
-                # the bytes as fetched: they are decoded and checked here
-                "disable_all_reencoding": True,
-                "resize_mode": "no",
-                "extract_exif": True,
-                "compute_hash": None,
-                # the folder is fresh; "overwrite" would delete img2dataset's own scratch folder
-                "incremental_mode": "incremental",
-            },
-            self.log,
-        )
-        if code:
-            log.warning("img2dataset ended with code %d; its log is %s", code, self.log)
+        processes = min(download.processes, len(shards))
+        _fetch_raw(self.urls, self.raw, download, processes, self.log)
 
     def _convert(self, shard: str, raw: Path) -> pa.Table:
         settings = self.stage.settings
         download = settings.download
         listed = shard_rows(self.listed.table, shard, download.shard_size)
         first = int(shard.rsplit("-", 1)[1]) * download.shard_size
-        limits = Limits(download.min_side_px, download.max_area_px, download.max_side_px)
         count = listed.num_rows
         urls = text_column(listed, self.listed.url_column)
         lost = not_fetched(f"img2dataset lost this row; see {self.log.name}")
         pictures = [lost] * count
         exif: list[str | None] = [None] * count
-        for batch in pq.ParquetFile(raw).iter_batches(batch_size=100):
-            rows = batch.to_pylist()
-            outcomes = in_threads(partial(_check_row, limits=limits), rows, download.threads)
-            for row, picture in zip(rows, outcomes, strict=True):
-                pictures[row["row"] - first] = picture
-                exif[row["row"] - first] = row["exif"]
+        for row, picture, found in _checked(raw, range(first, first + count), download):
+            pictures[row - first], exif[row - first] = picture, found
         for position, url in enumerate(urls):
             if not _fetchable(url):
                 error = "unsupported URL scheme" if url and url.strip() else "the row has no URL"
                 pictures[position] = not_fetched(error)
-        captions = caption_lists(
-            listed, self.listed.caption_column, self.listed.path, "web.caption_column"
-        )
+        captions = caption_lists(listed, self.listed.caption_column)
         return images_table(shard, "web", urls, captions, pictures, exif)
+
+
+class _Retry:
+    """One more try for the pictures of some finished shards that could not be fetched.
+
+    What can't be fetched this time either keeps its row, so a retry that gets nothing changes
+    nothing. If it is stopped, the shards that it has not come to are as they were.
+    """
+
+    def __init__(self, stage: DownloadStage, folder: Path) -> None:
+        self.stage = stage
+        self.raw = folder / "raw"
+        self.urls = folder / "urls.parquet"
+        self.log = folder.parent / "img2dataset.log"
+        self.fetched: dict[str, range] | None = None
+
+    def convert(self, shard: Shard) -> pa.Table:
+        """The `images/` table of a shard, with what was fetched now.
+
+        Raises:
+            PartialError: img2dataset did not come to an end of the shard's pictures.
+        """
+        if self.fetched is None:
+            self.fetched = self._fetch_failed()
+        download = self.stage.settings.download
+        start = int(shard.name.rsplit("-", 1)[1]) * download.shard_size
+        old = shard.read("images")
+        pictures = [_stored(row) for row in old.drop_columns(["captions"]).to_pylist()]
+        exif = old["exif"].to_pylist()
+        places = self.fetched[shard.name]
+        size = download.shard_size
+        for number in range(places.start // size, -(-places.stop // size)) if places else ():
+            raw = self.raw / f"{number:05d}.parquet"
+            if not _finished(raw):
+                raise PartialError(
+                    f"img2dataset did not finish the retry of shard {shard.name} ({self.log} says "
+                    "why), which stays as it was; the same command again tries once more"
+                )
+            for row, picture, found in _checked(raw, range(start, start + len(pictures)), download):
+                if picture.reason != "download_failed":
+                    pictures[row - start], exif[row - start] = picture, found
+        if shard.name == self.stage.retry[-1]:
+            shutil.rmtree(self.raw.parent)
+        urls, captions = old["url"].to_pylist(), old["captions"].to_pylist()
+        return images_table(shard.name, "web", urls, captions, pictures, exif)
+
+    def _fetch_failed(self) -> dict[str, range]:
+        """Fetches all of them, and says which places of the list for img2dataset are a shard's."""
+        download = self.stage.settings.download
+        urls: list[str] = []
+        rows: list[int] = []
+        places = {}
+        for name in self.stage.retry:
+            first = int(name.rsplit("-", 1)[1]) * download.shard_size
+            start = len(urls)
+            table = Shard(self.stage.run, name).read("images", ["url", "reason"])
+            for place, row in enumerate(table.to_pylist()):
+                if row["reason"] == "download_failed" and _fetchable(row["url"]):
+                    urls.append(_fetchable(row["url"]))
+                    rows.append(first + place)
+            places[name] = range(start, len(urls))
+        shutil.rmtree(self.raw.parent, ignore_errors=True)
+        self.raw.mkdir(parents=True)
+        if urls:
+            pq.write_table(pa.table({"url": urls, "row": rows}), self.urls)
+            log.info("img2dataset retries %d URLs; its log is %s", len(urls), self.log)
+            _fetch_raw(self.urls, self.raw, download, download.processes, self.log)
+        return places
+
+
+def _stored(row: dict[str, Any]) -> Picture:
+    """A row of `images/` as the picture, or the reason, that it was made of."""
+    names = ("sha256", "original_width", "original_height", "width", "height", "image")
+    return Picture(row["reason"], row["error_message"], **{name: row[name] for name in names})
+
+
+def _finished(raw: Path) -> bool:
+    """Whether img2dataset has come to the end of a raw shard."""
+    # it writes the statistics after it has closed the pictures' file
+    return raw.is_file() and raw.with_name(f"{raw.stem}_stats.json").is_file()
+
+
+def _checked(
+    raw: Path, rows: range, download: Download
+) -> Iterator[tuple[int, Picture, str | None]]:
+    """Those of a raw shard's pictures that are of some rows of the list: row, picture, EXIF."""
+    limits = Limits(download.min_side_px, download.max_area_px, download.max_side_px)
+    for batch in pq.ParquetFile(raw).iter_batches(batch_size=100):
+        wanted = [row for row in batch.to_pylist() if row["row"] in rows]
+        outcomes = in_threads(partial(_check_row, limits=limits), wanted, download.threads)
+        for row, picture in zip(wanted, outcomes, strict=True):
+            yield row["row"], picture, row["exif"]
+
+
+def _fetch_raw(urls: Path, raw: Path, download: Download, processes: int, log_file: Path) -> None:
+    """Runs img2dataset over a list with the columns `url` and `row`; see `run_img2dataset`."""
+    code = run_img2dataset(
+        {
+            "url_list": str(urls),
+            "input_format": "parquet",
+            "url_col": "url",
+            "save_additional_columns": ["row"],
+            "output_folder": str(raw),
+            "output_format": "parquet",
+            "number_sample_per_shard": download.shard_size,
+            "processes_count": processes,
+            "thread_count": download.threads,
+            "timeout": download.timeout_s,
+            "retries": download.retries,
+            "user_agent_token": download.user_agent,
+            # the bytes as fetched: they are decoded and checked here
+            "disable_all_reencoding": True,
+            "resize_mode": "no",
+            "extract_exif": True,
+            "compute_hash": None,
+            # the folder is fresh; "overwrite" would delete img2dataset's own scratch folder
+            "incremental_mode": "incremental",
+        },
+        log_file,
+    )
+    if code:
+        log.warning("img2dataset ended with code %d; its log is %s", code, log_file)
 
 
 def _fetchable(url: str | None) -> str:

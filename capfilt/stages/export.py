@@ -13,6 +13,7 @@ from capfilt.errors import InputError
 from capfilt.evaluation.calibration import cite
 from capfilt.schema import EXPORT
 from capfilt.shards import Shard
+from capfilt.stages.decide import calibration_file
 
 PICTURE_COLUMNS = ["key", "image", "width", "height", "url", "sha256"]
 ROWS_A_CHUNK = 256
@@ -46,7 +47,9 @@ class ExportStage:
 
     def weights(self) -> dict[str, Path]:
         """No model; the calibration is cited."""
-        return {} if self.calibration is None else {"calibration": self.calibration}
+        if self.calibration is None:
+            return {}
+        return {"calibration": calibration_file(str(self.calibration))}
 
     def citation(self) -> dict[str, Any]:
         """What the calibration promised, so that the export says it without the file."""

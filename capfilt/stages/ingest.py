@@ -5,7 +5,7 @@ import stat
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -18,11 +18,13 @@ from capfilt.stage import Transform
 from capfilt.stages.lists import (
     CAPTION_COLUMNS,
     caption_lists,
+    check_texts,
     find_column,
     read_list,
     shard_names,
     shard_rows,
     text_column,
+    warn_of_line_breaks,
 )
 from capfilt.stages.pictures import (
     Limits,
@@ -96,6 +98,7 @@ def _open_list(config: Config, source: Source) -> _Input:
     image_column = find_column(table, (section.image_column,), path, f"{source}.image_column")
     wanted = (section.caption_column,) if section.caption_column else CAPTION_COLUMNS
     caption_column = find_column(table, wanted, path, f"{source}.caption_column")
+    check_texts(table, caption_column, path, f"{source}.caption_column")
     folder = Path(section.images) if section.images is not None else Path(path).parent
     if not folder.is_dir():
         raise InputError(
@@ -122,13 +125,17 @@ class IngestStage:
     source: Source
 
     name: str = field(default="ingest", init=False)
-    version: int = field(default=1, init=False)
     table: str = field(default="images", init=False)
     schema: pa.Schema = field(default=IMAGES, init=False, repr=False)
     reads: tuple[str, ...] = field(default=(), init=False)
     reads_all: tuple[str, ...] = field(default=(), init=False)
     count_by: str | None = field(default="reason", init=False)
     cheap: bool = field(default=False, init=False)
+
+    @property
+    def version(self) -> int:
+        """2 where pictures are shrunk: 16-bit ones came out white, and thin ones too thin."""
+        return 1 if self.settings.download.max_side_px is None else 2
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -155,9 +162,14 @@ class IngestStage:
         pairs = _section(self.settings, self.source).pairs
         return {"pairs": Path(pairs)} if pairs is not None else {}
 
+    def citation(self) -> dict[str, Any]:
+        """How many shards the list makes: later steps know by it when one is not finished."""
+        return {"list_shards": len(list_shards(self.settings, self.source))}
+
     def open(self, device: str) -> Transform:
         """Reads the list; the function that it returns reads a shard's pictures."""
         listed = _open_list(self.settings, self.source)
+        warn_of_line_breaks(listed.table, listed.image_column, listed.path)
         return partial(self._read_shard, listed)
 
     def _read_shard(self, listed: _Input, shard: Shard) -> pa.Table:
@@ -170,20 +182,23 @@ class IngestStage:
             paths,
             self.settings.download.threads,
         )
-        captions = caption_lists(
-            rows, listed.caption_column, listed.path, f"{self.source}.caption_column"
-        )
+        captions = caption_lists(rows, listed.caption_column)
         return images_table(shard.name, self.source, paths, captions, pictures)
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path of a list stays inside the images folder."""
+    parts = os.path.normpath(path).split(os.sep)
+    return not os.path.isabs(path) and parts[0] != os.pardir
 
 
 def _read_picture(folder: Path, path: str | None, limits: Limits) -> Picture:
     if not path:
         return not_fetched("the row names no file")
-    inside = os.path.normpath(path)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+    if not is_inside(path):
         return Picture("image_unreadable", "outside the images folder")
     try:
-        with open(folder / inside, "rb", opener=_open_regular) as file:
+        with open(folder / os.path.normpath(path), "rb", opener=_open_regular) as file:
             data = file.read()
     except FileNotFoundError:
         return not_fetched("no such file")

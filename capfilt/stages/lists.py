@@ -1,7 +1,9 @@
 """Reading the lists that a run starts from: one row a picture, as CSV, TSV, JSONL or Parquet."""
 
+import contextlib
 import csv
 import json
+import logging
 import math
 import os
 from functools import lru_cache
@@ -9,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from capfilt.errors import InputError
+
+log = logging.getLogger(__name__)
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
 """Where the text is looked for when the config names no column, in this order."""
@@ -22,7 +27,12 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 def shard_names(source: str, rows: int, shard_size: int) -> list[str]:
     """`web-00000`, … for so many rows."""
-    return [f"{source}-{number:05d}" for number in range(math.ceil(rows / shard_size))]
+    return numbered_shards(source, math.ceil(rows / shard_size))
+
+
+def numbered_shards(source: str, count: int) -> list[str]:
+    """The names of the first so many shards of a source."""
+    return [f"{source}-{number:05d}" for number in range(count)]
 
 
 def shard_rows(table: pa.Table, shard: str, shard_size: int) -> pa.Table:
@@ -82,17 +92,89 @@ def _read(path: str, yaml_key: str, mtime_ns: int, size: int) -> pa.Table:
 
 
 def _read_delimited(path: str, delimiter: str) -> pa.Table:
+    if delimiter == "\t":
+        # a TSV's row is a line, and a quote need not be closed
+        with contextlib.suppress(pa.ArrowInvalid):
+            return _without_quotes(_read_rows(path, delimiter, quotes=False))
+    table = _read_rows(path, delimiter, quotes=True)
+    if any(_line_breaks(column) for column in table.columns):
+        _check_quotes(path, delimiter)
+    return table
+
+
+def _read_rows(path: str, delimiter: str, quotes: bool) -> pa.Table:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file, delimiter=delimiter), [])
+        # empty lines are skipped below, too
+        if quotes:
+            lines = csv.reader(file, delimiter=delimiter)
+        else:
+            lines = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        header = next(filter(None, lines), [])
     if not header:
         return pa.table({})
     return pa.csv.read_csv(
         path,
         # a row may not be longer than a block
         read_options=pa.csv.ReadOptions(block_size=16 << 20),
-        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        parse_options=pa.csv.ParseOptions(
+            delimiter=delimiter, quote_char='"' if quotes else False, newlines_in_values=quotes
+        ),
         convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
     )
+
+
+def _without_quotes(table: pa.Table) -> pa.Table:
+    """Names and values that stand in quotes as a whole, as what the quotes hold."""
+    columns = [_unquoted(column) for column in table.columns]
+    names = _unquoted(pa.array(table.column_names, pa.string())).to_pylist()
+    return pa.Table.from_arrays(columns, names=names)
+
+
+def _unquoted(values: Any) -> Any:
+    quoted = pc.match_substring_regex(values, '^"([^"]|"")*"$')
+    inner = pc.replace_substring(pc.utf8_slice_codeunits(values, 1, -1), '""', '"')
+    return pc.if_else(quoted, inner, values)
+
+
+def _line_breaks(column: pa.ChunkedArray) -> int:
+    """How many texts of a column hold a line break."""
+    if not pa.types.is_string(column.type):
+        return 0
+    return int(pc.sum(pc.match_substring_regex(column, "[\r\n]")).as_py() or 0)
+
+
+def _check_quotes(path: str, delimiter: str) -> None:
+    """A quote that is not closed makes one value of all rows up to the next one.
+
+    Arrow doesn't mind; Python's reader does.
+
+    Raises:
+        csv.Error: there is one.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        start = 1
+        try:
+            for _ in rows:
+                start = rows.line_num + 1
+        except csv.Error as error:
+            raise csv.Error(
+                f"the row that begins in line {start}: {error}. A quote there isn't closed, or "
+                "stands inside a value without being doubled"
+            ) from None
+
+
+def warn_of_line_breaks(table: pa.Table, column: str, path: str) -> None:
+    """Says so when a URL or path holds a line break: rows may have run together."""
+    found = _line_breaks(table.column(column))
+    if found:
+        log.warning(
+            "%s: %d of column %r hold a line break: is a quote in the wrong place?",
+            path,
+            found,
+            column,
+        )
 
 
 def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
@@ -104,16 +186,17 @@ def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                plain = _plain_row(row)
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{yaml_key}: {path}, line {number} is not JSON: {error}"
                 ) from None
-            if not isinstance(row, dict):
+            if plain is None:
                 raise InputError(f"{yaml_key}: {path}, line {number} is not an object: {row!r}")
-            for name in row.keys() - columns.keys():
+            for name in plain.keys() - columns.keys():
                 columns[name] = [None] * rows
             for name, values in columns.items():
-                values.append(_plain(row.get(name)))
+                values.append(plain.get(name))
             rows += 1
     # one type a column: a list where any row has one
     made = {}
@@ -126,6 +209,13 @@ def _read_jsonl(path: str, yaml_key: str) -> pa.Table:
         else:
             made[name] = pa.array(values, pa.string())
     return pa.table(made)
+
+
+def _plain_row(row: Any) -> dict[str, str | list[str] | None] | None:
+    """A line of JSON as the values of a row; None where it is no object."""
+    if not isinstance(row, dict):
+        return None
+    return {name: _plain(value) for name, value in row.items()}
 
 
 def _plain(value: Any) -> str | list[str] | None:
@@ -169,22 +259,29 @@ def text_column(table: pa.Table, column: str) -> list[str | None]:
     return [value if value is None else str(value) for value in values]
 
 
-def caption_lists(table: pa.Table, column: str, path: str, yaml_key: str) -> list[list[str]]:
-    """The texts of each row as a list that is never empty: no text at all is one empty text.
+def check_texts(table: pa.Table, column: str, path: str, yaml_key: str) -> None:
+    """Sees that a column holds text or lists of text.
 
     Raises:
-        InputError: the column holds something other than text or lists of text.
+        InputError: it holds something else.
     """
     kind = table.schema.field(column).type
-    values = table.column(column).to_pylist()
-    for row, value in enumerate(values):
-        texts = value if isinstance(value, list) else [value]
-        if any(text is not None and not isinstance(text, str) for text in texts):
-            raise InputError(
-                f"{path}: column {column!r} holds {kind}, expected text or lists of text "
-                f"(row {row}: {value!r}). Set {yaml_key} to another column"
-            )
+    is_list = any(is_(kind) for is_ in (pa.types.is_list, pa.types.is_large_list))
+    inner = kind.value_type if is_list else kind
+    if pa.types.is_dictionary(inner):
+        inner = inner.value_type
+    if pa.types.is_null(inner) or str(inner) in ("string", "large_string", "string_view"):
+        return
+    values = table.column(column)
+    raise InputError(
+        f"{path}: column {column!r} holds {kind}, expected text or lists of text (row 0: "
+        f"{values[0].as_py()!r}). Set {yaml_key} to another column"
+    )
+
+
+def caption_lists(table: pa.Table, column: str) -> list[list[str]]:
+    """The texts of each row as a list that is never empty: no text at all is one empty text."""
     return [
         [text or "" for text in value] or [""] if isinstance(value, list) else [value or ""]
-        for value in values
+        for value in table.column(column).to_pylist()
     ]

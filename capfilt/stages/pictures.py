@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -101,6 +102,12 @@ def inspect(data: bytes, limits: Limits) -> Picture:
             picture.load()
             if limits.max_side_px is not None and max(width, height) > limits.max_side_px:
                 data, (width, height) = _shrink(picture, limits.max_side_px)
+                if min(width, height) < limits.min_side_px:
+                    error = (
+                        f"{picture.width} x {picture.height}, shrunk to {width} x {height}: a side "
+                        f"is under {limits.min_side_px} pixels"
+                    )
+                    return replace(found, reason="image_too_small", error=error)
     except UnidentifiedImageError:
         kinds = ", ".join(FORMATS)
         error = f"not a picture ({kinds}), or cut in its header; it starts with {data[:12]!r}"
@@ -114,7 +121,7 @@ def inspect(data: bytes, limits: Limits) -> Picture:
 
 def _shrink(picture: Image.Image, max_side_px: int) -> tuple[bytes, tuple[int, int]]:
     """The picture upright, on white, at most `max_side_px` long, as JPEG; and its size."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = _eight_bits(ImageOps.exif_transpose(picture))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -124,6 +131,16 @@ def _shrink(picture: Image.Image, max_side_px: int) -> tuple[bytes, tuple[int, i
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=95)
     return buffer.getvalue(), picture.size
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of more bits scaled to 8, as `models.images` does; Pillow would cut at 255."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture, dtype=np.float64)
+    if picture.mode != "F" or values.max(initial=0.0) > 255.0:
+        values = values / 257.0
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8), "L")
 
 
 @contextmanager

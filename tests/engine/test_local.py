@@ -81,6 +81,32 @@ def test_all_shards_once(tmp_path: Path) -> None:
     assert stage.opened == ["cpu"], "weights are not loaded when there is nothing to do"
 
 
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_what_a_killed_process_left_of_a_table_is_removed(tmp_path: Path, prefix: str) -> None:
+    run = RunDir(f"{prefix}{tmp_path}")
+    left = [
+        tmp_path / "decisions" / f"{NAMES[0]}.{kind}.0a1b2c3d.tmp"
+        for kind in ("parquet", "manifest.json")
+    ]
+    others = tmp_path / "labels" / "a.jsonl.0a1b2c3d.tmp"
+    for path in (*left, others):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    run_stage(Toy(), run, NAMES[:1])
+    assert not any(path.exists() for path in left) and others.exists()
+    assert len(list((tmp_path / "decisions").iterdir())) == 2
+
+
+def test_a_table_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    run_stage(Toy(), run, NAMES)
+    Path(run.table("decisions", NAMES[2])).unlink()
+    stage = Toy()
+    result = run_stage(stage, run, NAMES)
+    assert (result.done, result.skipped, stage.ran) == (1, 3, [NAMES[2]])
+    assert run.exists(run.table("decisions", NAMES[2]))
+
+
 def test_a_shard_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     run = RunDir(str(tmp_path))
     result = run_stage(Toy(broken=frozenset(NAMES[1:3])), run, NAMES)

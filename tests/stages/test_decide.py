@@ -64,6 +64,20 @@ def reasons(run: RunDir, shard: str = "web-00000", **options: object) -> dict[st
 
 K = [f"web-00000-{n:05d}" for n in range(6)]
 
+PAIRS = st.lists(
+    st.tuples(
+        st.integers(0, 7),  # picture
+        st.integers(0, 3),  # text
+        st.booleans(),  # synthetic
+        st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.75, 1.0, 0.3, 0.31]),
+        st.sampled_from([-0.5, -0.0, 0.0, 0.5]),
+        st.sampled_from([None, None, None, "empty_caption", "download_failed"]),
+        st.integers(0, 5),  # content
+    ),
+    max_size=40,
+    unique_by=lambda each: each[:3],
+)
+
 
 def test_every_rule_gives_its_reason(tmp_path):
     run = make_run(
@@ -87,6 +101,68 @@ def test_every_rule_gives_its_reason(tmp_path):
     ]  # fmt: skip
     assert reasons(run, "human-00000", itm_threshold=1.0) == {"human-00000-00000/text0": "kept"}
     assert set(ORDER) < set(REASONS)
+
+
+def test_a_duplicate_counts_where_its_first_copy_is_dropped(tmp_path):
+    """`make_run` gives the n-th row the URL http://a.example/n."""
+    same = [row(key, "text0", 0.9, content="same") for key in K[:3]]
+    run = make_run(
+        tmp_path / "urls",
+        {"web-00000": same, "web-00001": [row("web-00001-00000", "text0", 0.9, content="same")]},
+    )
+    assert list(reasons(run).values()) == ["kept", "duplicate", "duplicate"]
+    found = reasons(run, expression="not endswith(url, '/0')")
+    assert list(found.values()) == ["duplicate", "kept", "duplicate"]
+    # in other shards too, and where all are dropped one has the reason
+    assert set(reasons(run, expression="key == 'web-00001-00000'").values()) == {"duplicate"}
+    assert list(reasons(run, "web-00001", expression="key == 'web-00001-00000'").values()) == [
+        "kept"
+    ]
+    nowhere = reasons(run, expression="itm_prob > 1")
+    assert list(nowhere.values()) == ["expression", "duplicate", "duplicate"]
+    stage = FilterStage(Filter(expression="width > 1"), run)
+    assert stage.reads_all == ("scores", "images"), "pictures decide which copy counts"
+
+
+def test_a_duplicate_is_rather_human_than_web_than_synthetic(tmp_path):
+    rows = [row(K[0], name, 0.7, content="same") for name in ("synthetic0", "text0")]
+    run = make_run(tmp_path / "a", {"web-00000": rows})
+    web, synthetic = f"{K[0]}/text0", f"{K[0]}/synthetic0"
+    assert reasons(run) == {synthetic: "duplicate", web: "kept"}
+    found = reasons(run, itm_threshold=0.5, synthetic_itm_threshold=0.8)
+    assert found == {synthetic: "duplicate", web: "kept"}
+    found = reasons(run, itm_threshold=0.8, synthetic_itm_threshold=0.5)
+    assert found == {synthetic: "kept", web: "duplicate"}
+    human = row("human-00000-00000", "text0", 0.0, content="same")
+    run = make_run(tmp_path / "b", {"web-00000": rows, "human-00000": [human]})
+    assert set(reasons(run).values()) == {"duplicate"}
+    assert set(reasons(run, "human-00000").values()) == {"kept"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=PAIRS, threshold=st.sampled_from([None, 0.3]), own=st.sampled_from([None, 0.6]),
+    expression=st.sampled_from([None, "not endswith(url, '1')", "itc_sim >= 0"]),
+)  # fmt: skip
+def test_of_the_same_content_exactly_one_pair_is_kept_if_any_passes(
+    tmp_path_factory, pairs, threshold, own, expression
+):
+    shards: dict[str, list[dict]] = {"web-00000": [], "web-00001": []}
+    for picture, text, synthetic, itm, itc, error, content in pairs:
+        name = f"web-{picture % 2:05d}"
+        kind = "synthetic" if synthetic else "text"
+        shards[name].append(
+            row(f"{name}-{picture:05d}", f"{kind}{text}", itm, itc, error, content=f"{content}")
+        )
+    run = make_run(tmp_path_factory.mktemp("run"), shards)
+    config = {"itm_threshold": threshold, "synthetic_itm_threshold": own, "expression": expression}
+    one = {k: v for name in shards for k, v in reasons(run, name, **config).items()}
+    config["drop_duplicates"] = False
+    all_ = {k: v for name in shards for k, v in reasons(run, name, **config).items()}
+    uids = {each["pair_id"]: each["uid"] for name in shards for each in shards[name]}
+    kept = [uids[k] for k, v in one.items() if v == "kept"]
+    assert sorted(kept) == sorted({uids[k] for k, v in all_.items() if v == "kept"})
+    assert all(one[k] in (all_[k], "duplicate") for k in one)
 
 
 def test_the_score_at_a_threshold_is_kept(tmp_path):
@@ -142,21 +218,6 @@ def test_synthetic_only_where_web_was_dropped(tmp_path):
     found = reasons(run, synthetic_only_where_web_dropped=True)
     assert found[f"{K[0]}/synthetic0"] == "web_text_kept"
     assert found[f"{K[1]}/synthetic0"] == "kept"
-
-
-PAIRS = st.lists(
-    st.tuples(
-        st.integers(0, 7),  # picture
-        st.integers(0, 3),  # text
-        st.booleans(),  # synthetic
-        st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.75, 1.0, 0.3, 0.31]),
-        st.sampled_from([-0.5, -0.0, 0.0, 0.5]),
-        st.sampled_from([None, None, None, "empty_caption", "download_failed"]),
-        st.integers(0, 5),  # content
-    ),
-    max_size=40,
-    unique_by=lambda each: each[:3],
-)
 
 
 @settings(max_examples=40, deadline=None)
@@ -247,6 +308,8 @@ def test_expressions_decide_over_scores_and_pictures(tmp_path):
     assert kept("not original_width > 3") == []  # unknown stays unknown
     assert kept("width in [100, 250]") == [0, 3]
     assert kept("source not in ('web',)") == []
+    assert kept("itc_sim in [-1, 0.1, 0]") == [0, 1, 2]
+    assert kept("itc_sim - 1 in (-1.0, -2)") == [0, 1, 2]
     assert kept("matches(url, '/[01]$') and abs(itc_sim - 0.1) > -1") == [0, 1]
     assert kept("True") == [0, 1, 2, 3]
 
@@ -304,7 +367,7 @@ def test_expressions_decide_over_columns_of_one_s_own(tmp_path):
     [
         "__import__('os').system('true')", "caption.upper() == 'A'", "caption[0] == 'a'", "widht > 3",
         "(lambda: 1)() == 1", "[x for x in (1, 2)]", "width", "width > 1 and 3", "", "width >", "1 if True else 0",
-        "f'{caption}' == 'a'", "caption == None", "width is 3", "width in other", "contains(caption, url)",
+        "f'{caption}' == 'a'", "caption == None", "width is 3", "width in other", "width in [-height]", "width in [not 1]", "contains(caption, url)",
         "len(caption, caption) > 1", "width ** 9 > 1", "b'a' == caption", "contains(caption)", "x := 3",
         "(" * 90 + "width > 1" + ")" * 90 + " and " + "not " * 60 + "True", "width > 1j", "lower(caption=caption) == 'a'",
     ],

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from capfilt import demo
+from capfilt import demo, pipeline
 from capfilt.config import Config
 from capfilt.engine.local import StageResult, run_stage
-from capfilt.errors import InputError, MismatchError
+from capfilt.errors import InputError, MismatchError, PartialError
 from capfilt.shards import RunDir
 from capfilt.stages import download
 from capfilt.stages.download import DownloadStage, list_shards
@@ -36,6 +36,7 @@ def download(url_list, output_folder, number_sample_per_shard, **options):
     with open(os.environ["FAKE_CALLS"], "a") as calls:
         calls.write(json.dumps({"url_list": url_list, **options}) + "\\n")
     rows = pq.read_table(url_list).to_pylist()
+    pq.write_table(pq.read_table(url_list), os.path.dirname(os.environ["FAKE_CALLS"]) + "/asked.parquet")
     for number, start in enumerate(range(0, len(rows), number_sample_per_shard)):
         out = []
         for row in reversed(rows[start : start + number_sample_per_shard]):
@@ -238,6 +239,60 @@ def test_raw_shards_of_a_killed_run_are_used_unless_the_config_changed(fake: Pat
     assert len(table(other)) == 8
 
 
+def retry(settings: Config) -> StageResult:
+    (result,) = pipeline.run(settings, steps=("download",), retry=True)
+    return result
+
+
+def test_a_retry_fetches_only_what_failed_and_keeps_the_rest(fake: Path) -> None:
+    names = ["good.png", "late.png", "cut.jpg", "", "late.jpg", "good.jpg", "gone.png"]
+    write_csv(fake / "urls.csv", [(f"http://h/{name}" if name else "", name) for name in names])
+    settings = config(fake, shard_size=2)
+    run(settings)
+    before = table(settings)
+    for path in (fake / "web").iterdir():
+        path.rename(path.with_name(f"{path.name}.away"))
+    signed = {path: path.read_bytes() for path in (fake / "run/images").iterdir()}
+    result = retry(settings)
+    assert (result.done, result.skipped, result.failed) == (4, 0, {})
+    assert table(settings) == before, "what the server has lost since stays"
+    tables = {path for path in signed if path.suffix == ".parquet"}
+    assert all(path.read_bytes() == signed[path] for path in tables), "later steps stay done"
+    (fake / "web/late.png").write_bytes(encoded((20, 20)))
+    (fake / "web/late.jpg").write_text("no picture")
+    result = retry(settings)
+    assert result.counts == {"ok": 3, "image_unreadable": 2, "download_failed": 2}
+    asked = [name for name in pq.read_table(fake / "asked.parquet")["url"].to_pylist()]
+    assert asked == ["http://h/late.png", "http://h/late.jpg", "http://h/gone.png"]
+    after = table(settings)
+    assert (after[1]["reason"], after[1]["width"], after[4]["reason"]) == (
+        None,
+        20,
+        "image_unreadable",
+    )
+    assert [row for place, row in enumerate(after) if place not in (1, 4)] == [
+        row for place, row in enumerate(before) if place not in (1, 4)
+    ]
+    assert run(settings).skipped == 4
+    assert [path.name for path in (fake / "run/download").iterdir()] == ["img2dataset.log"]
+
+
+def test_a_retry_that_breaks_off_leaves_what_was_there(fake: Path) -> None:
+    names = ["good.png", "late.png", "good.png", "crash.png"]
+    write_csv(fake / "urls.csv", [(f"http://h/{name}", name) for name in names])
+    (fake / "web/fixed").touch()
+    settings = config(fake, shard_size=2)
+    run(settings)
+    before = table(settings)
+    (fake / "web/fixed").unlink()
+    with pytest.raises(PartialError, match=r"did not finish the retry of shard web-00000"):
+        retry(settings)
+    assert table(settings) == before and run(settings).skipped == 2
+    (fake / "web/fixed").touch()
+    (fake / "web/crash.png").write_bytes(encoded((20, 20)))
+    assert retry(settings).counts == {"ok": 3, "download_failed": 1}
+
+
 def test_another_config_is_an_error_and_redo_replaces(fake: Path) -> None:
     write_csv(fake / "urls.csv", [("http://h/good.png", "a")])
     run(config(fake))
@@ -332,10 +387,44 @@ def test_the_child_dies_with_its_parent(fake: Path) -> None:
             {},
             r"web\.urls: .*can't be read as csv.*Expected 2 columns",
         ),
+        (
+            "urls.csv",
+            'url,text\nu1,a\nu2,"b\nu3,c\n',
+            {},
+            r"row that begins in line 3: unexpected end .* isn't closed",
+        ),
+        (
+            "urls.csv",
+            'url,text\nu1,"x\n"\nu2,"b\nu3,"c\nu4,d\n',
+            {},
+            r"row that begins in line 4: .* isn't closed",
+        ),
+        (
+            "urls.tsv",
+            "url\ttext\nu1\ta\tb\n",
+            {},
+            r"can't be read as tsv.*Expected 2 columns, got 3",
+        ),
         ("urls.csv", "url,url,text\na,b,c\n", {}, r"a column twice"),
         ("urls.csv", b"url,text\na,\xff\n", {}, r"can't be read as csv.*(UTF8|utf-8)"),
         ("urls.jsonl", '{"url": "a"\n', {}, r"urls\.jsonl, line 1 is not JSON"),
         ("urls.jsonl", '{"url": "a", "text": "b"}\n[1]\n', {}, r"line 2 is not an object: \[1\]"),
+        (
+            "urls.jsonl",
+            '{"a": ' + "[" * 5000 + "]" * 5000 + "}",
+            {},
+            r"line 1 is not JSON: .*recursion",
+        ),
+        # deep enough to be read, and too deep to be written
+        *(
+            (
+                "urls.jsonl",
+                '{"a": ' + "[" * deep + "]" * deep + "}",
+                {},
+                r"line 1 is not JSON|no column 'url'",
+            )
+            for deep in range(900, 1000, 5)
+        ),
         ("urls.parquet", "no", {}, r"can't be read as parquet"),
         ("urls.txt", "a", {}, r"is not a file ending in \.csv"),
     ],
@@ -363,6 +452,31 @@ def test_lists_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
         listed = download._open_list(config(tmp_path, web={"urls": str(tmp_path / f"l.{suffix}")}))
         assert (listed.url_column, listed.caption_column) == ("URL", "TEXT")
         assert listed.table.to_pylist() == rows, suffix
+
+
+def test_a_row_of_a_tsv_is_a_line(tmp_path: Path) -> None:
+    """An opening quote that nothing closes takes no further rows with it."""
+    path = tmp_path / "l.tsv"
+    path.write_text(
+        '"url"\tcaption\nu1\t"hello world\nu2\tfoo\nu3\t"bar ""baz"""\nu4\tx"\nu5\t""\n'
+    )
+    listed = download._open_list(config(tmp_path, web={"urls": str(path)}))
+    assert listed.table["url"].to_pylist() == ["u1", "u2", "u3", "u4", "u5"]
+    assert listed.table["caption"].to_pylist() == ['"hello world', "foo", 'bar "baz"', 'x"', ""]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_empty_lines_are_no_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"l.{suffix}"
+    path.write_text("\n\nurl,caption\n\nu1,x\n\n".replace(",", "," if suffix == "csv" else "\t"))
+    listed = download._open_list(config(tmp_path, web={"urls": str(path)}))
+    assert listed.table.to_pylist() == [{"url": "u1", "caption": "x"}]
+
+
+def test_line_breaks_in_urls_are_told(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_csv(fake / "urls.csv", [("http://h/a\nhttp://h/b", "x"), ("http://h/good.png", "y\nz")])
+    run(config(fake))
+    assert "1 of column 'url' hold a line break" in caplog.text
 
 
 def test_limit_and_a_list_that_changed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from capfilt import manifest
 from capfilt.config import Export
 from capfilt.engine.local import run_stage
+from capfilt.errors import InputError
 from capfilt.manifest import Identity
 from capfilt.schema import DECISIONS, EXPORT, IMAGES, SCORES
 from capfilt.shards import RunDir
@@ -158,3 +159,8 @@ def test_datasets_duckdb_and_polars_read_it(run: RunDir, tmp_path: Path) -> None
     frame = polars.concat([polars.read_parquet(path) for path in files])
     assert frame.columns == EXPORT.names and frame.height == 5
     assert frame["image"].struct.field("bytes")[0][:4] == b"\x89PNG"
+
+
+def test_a_calibration_that_is_missing_is_told() -> None:
+    with pytest.raises(InputError, match=r"filter\.calibration: nope\.json is not there"):
+        ExportStage(Export(), Path("nope.json")).weights()

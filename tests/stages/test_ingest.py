@@ -111,6 +111,11 @@ def test_pictures_and_their_texts(tmp_path: Path) -> None:
     assert all((row["image"] is None) == (row["reason"] is not None) for row in got)
 
 
+def test_only_where_pictures_are_shrunk_there_is_a_new_version(tmp_path: Path) -> None:
+    assert IngestStage(config(tmp_path), "human").version == 1
+    assert IngestStage(config(tmp_path, max_side_px=64), "human").version == 2
+
+
 def test_web_pictures_from_disk(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     write(tmp_path, [{"image": "a.png", "text": "t"}] * 4)
@@ -171,11 +176,33 @@ def test_bad_input_is_one_message(
         list_shards(config(tmp_path, human), "human")
 
 
-def test_a_caption_column_of_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "values", [pa.array([3]), pa.array([[3]]), pa.array([[["a"]]]), pa.array([{"a": "b"}])]
+)
+def test_a_caption_column_of_other_things(tmp_path: Path, values: pa.Array) -> None:
+    """Told when the list is opened, so `check` tells it."""
     picture(tmp_path / "a.png")
-    pq.write_table(pa.table({"image": ["a.png"], "text": [3]}), tmp_path / "l.parquet")
-    result = run(config(tmp_path, {"pairs": str(tmp_path / "l.parquet")}))
-    assert "holds int64, expected text" in result.failed["human-00000"]
+    pq.write_table(pa.table({"image": ["a.png"], "text": values}), tmp_path / "l.parquet")
+    settings = config(tmp_path, {"pairs": str(tmp_path / "l.parquet")})
+    with pytest.raises(InputError, match=r"holds .*, expected text .*Set human\.caption_column"):
+        list_shards(settings, "human")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(["a"], pa.large_string()),
+        pa.array(["a"]).dictionary_encode(),
+        pa.array([["a"]], pa.large_list(pa.string())),
+        pa.array([None], pa.null()),
+    ],
+)
+def test_texts_of_every_kind(tmp_path: Path, values: pa.Array) -> None:
+    picture(tmp_path / "a.png")
+    pq.write_table(pa.table({"image": ["a.png"], "text": values}), tmp_path / "l.parquet")
+    settings = config(tmp_path, {"pairs": str(tmp_path / "l.parquet")})
+    assert run(settings).counts == {"ok": 1}
+    assert rows(settings)[0]["captions"] == (["a"] if values[0].is_valid else [""])
 
 
 @settings(

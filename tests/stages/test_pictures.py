@@ -2,6 +2,7 @@ import hashlib
 import io
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,31 @@ def test_a_large_picture_is_shrunk_upright_on_white() -> None:
     assert min(shrunk.getpixel((5, 5))) > 250  # type: ignore[type-var]
     small = encoded(Image.new("L", (20, 20)), "PNG")
     assert inspect(small, Limits(4, 5000, 20)).image == small
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_shrunk_picture_of_16_bits_keeps_its_greys(kind: str) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (32, 1))
+    image = Image.frombytes("I;16", (64, 32), ramp.tobytes())
+    found = inspect(encoded(image, kind), Limits(4, 5000, 32))
+    assert found.image is not None and (found.width, found.height) == (32, 16)
+    grey = np.asarray(Image.open(io.BytesIO(found.image)).convert("L"), dtype=int)[8]
+    assert abs(grey - np.linspace(2, 253, 32)).max() < 6
+
+
+def test_a_shrunk_float_picture_keeps_its_greys() -> None:
+    image = Image.fromarray(np.full((32, 64), 100.0, np.float32), "F")
+    found = inspect(encoded(image, "TIFF"), Limits(4, 5000, 32))
+    assert found.image is not None
+    assert abs(np.asarray(Image.open(io.BytesIO(found.image)), dtype=int) - 100).max() < 4
+
+
+def test_a_picture_that_is_too_thin_once_it_is_shrunk() -> None:
+    found = inspect(encoded(Image.new("RGB", (800, 6)), "PNG"), Limits(4, 5000, 256))
+    assert (found.reason, found.image) == ("image_too_small", None)
+    assert found.error == "800 x 6, shrunk to 256 x 2: a side is under 4 pixels"
+    assert (found.original_width, found.original_height) == (800, 6)
+    assert inspect(encoded(Image.new("RGB", (800, 6)), "PNG"), Limits(2, 5000, 256)).reason is None
 
 
 @settings(max_examples=150, deadline=None)
