@@ -80,6 +80,10 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["mix"]:
         mix = ", ".join(f"{kind} {share:.0%}" for kind, share in found["mix"].items())
         rows.insert(3, ("estimated mix", mix))
+    uncovered = found.get("uncovered") or {"share": 0.0}
+    if uncovered["share"]:
+        told = f"{uncovered['share']:.1%} of the pairs ({uncovered['where']})"
+        rows.append(("covered by no label", told))
     if found["more_labels"] is not None:
         rows.append(("labels to halve the interval", f"{found['more_labels']:,} more"))
     return rows
