@@ -7,7 +7,7 @@ ITC finds nearest to its own among a sample; and a human pair with one word of i
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +167,11 @@ def from_labels(
     """Examples by source from review labels, with the scores that the pairs have in the run now.
 
     A pair that several people judged goes by their majority; `unsure`, and a draw, say nothing. A
-    source with too few labels of its own borrows those of all sources.
+    source with too few labels of its own gets those of all sources, with `Examples.own` set.
 
     Raises:
-        UsageError: there are too few, they are all of one class, or of another matcher.
+        UsageError: there are too few of every source, they are all of one class, or of another
+            matcher.
     """
     judged = [label for label in labels if label.verdict in ("right", "wrong")]
     usable = [label for label in judged if label.matcher in (None, matcher)]
@@ -209,11 +210,14 @@ def from_labels(
         own = _examples([row for row in rows if row["source"] == source])
         right = int(own.match.sum())
         enough = min(right, len(own) - right) >= FEWEST
-        found[source] = own if enough else everything
-        if not enough:
-            log.warning(
-                "few labels of %s texts (%d): those of all sources are used", source, len(own)
-            )
+        found[source] = own if enough else replace(everything, own=len(own))
+    if all(part.own is not None for part in found.values()):
+        counts = ", ".join(f"{part.own} of {source} texts" for source, part in found.items())
+        raise UsageError(
+            f"the labels{note} are too few of each source ({counts}): a calibration needs at least "
+            f"{FEWEST} right and {FEWEST} wrong ones of one; review more pairs with "
+            "`capfilt inspect RUN`"
+        )
     return found
 
 

@@ -228,6 +228,29 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path: Path):
         driver.run_calibration(config_of(tmp_path / "nothing"), target=0.9)
 
 
+def test_labels_of_another_source_promise_nothing(tmp_path: Path, capfilt):
+    _, truth = scored_run(tmp_path / "run")
+    web_texts = {pair: match for pair, match in truth.items() if pair.endswith("/text0")}
+    others = {pair: match for pair, match in truth.items() if pair not in web_texts}
+    review(tmp_path / "run" / "labels", web_texts, 300)
+    review(tmp_path / "run" / "labels", others, 8)
+    said = capfilt("calibrate", config_file(tmp_path / "run"), "--target", "precision=0.9")
+    assert said.code == 0, said.err
+    told = "synthetic texts: only 8 labels are of these texts, so no threshold is chosen"
+    assert f"warning: {told}" in said.out
+    path = tmp_path / "run" / "calibration.json"
+    stored = json.loads(path.read_text())
+    assert stored["sources"]["synthetic"]["threshold"] is None
+    assert stored["sources"]["web"]["threshold"] is not None
+    assert [each for each in stored["report"]["warnings"] if each.startswith(told)]
+    assert "only 8 labels" in path.with_suffix(".html").read_text()
+    # too few of each source, though enough in all
+    review(tmp_path / "split", web_texts, 30)
+    review(tmp_path / "split", others, 30)
+    with pytest.raises(UsageError, match=r"few of each source \(30 of web texts, 30 of synth"):
+        driver.run_calibration(config_of(tmp_path / "run"), target=0.9, labels=tmp_path / "split")
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 human and 60 web pictures scored by a random matcher."""

@@ -11,7 +11,7 @@ Dimensions: N examples, U unlabelled pairs of a source, K kinds of examples, C s
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,8 @@ class Examples:
         image: what their picture is called, N; a picture is never on both sides of a split.
         kind: `match`, and kinds of mismatches (a key of `PRIOR`), where they were made up; `label`
             where they were reviewed. N.
+        own: how many of them are of the source itself, where these are too few and labels of all
+            sources stand in; None where all are its own.
     """
 
     itm: Floats
@@ -79,14 +81,15 @@ class Examples:
     match: Bools
     image: NDArray[np.object_]
     kind: NDArray[np.object_]
+    own: int | None = None
 
     def __len__(self) -> int:
         return len(self.match)
 
     def take(self, rows: NDArray[Any]) -> "Examples":
         """Some of them, in another order or number."""
-        parts = (self.itm, self.itc, self.match, self.image, self.kind)
-        return Examples(*(part[rows] for part in parts))
+        names = ("itm", "itc", "match", "image", "kind")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     @property
     def reviewed(self) -> bool:
@@ -195,6 +198,7 @@ def calibrate(
 
 def _out_of_reach(target: float, reports: dict[str, Any]) -> str:
     """The message where no source reaches the precision."""
+    reports = {name: part for name, part in reports.items() if part["own_labels"] is None}
     best = max(part["best_precision"] for part in reports.values())
     reached = ", ".join(
         f"{name} texts {part['best_precision']:.3f} (which keeps {part['best_recall']:.1%} of the "
@@ -505,7 +509,9 @@ def _calibrate_source(
         best_reachable(scores[used], examples.match[used], weights[used], FEWEST),
         best_reachable(in_pool, sure, np.ones(len(in_pool)), 1),
     )
-    if best[0] < target:  # the curve may say otherwise: it can end in a step of a few labels
+    # the curve may say otherwise: it can end in a step of a few labels; and what the labels of
+    # other sources say of the best of these is no promise
+    if best[0] < target or examples.own is not None:
         threshold = None
     kept = in_pool >= threshold if threshold is not None else np.zeros(len(in_pool), dtype=bool)
     random = np.random.default_rng(seed)
@@ -548,6 +554,7 @@ def _calibrate_source(
         "held_out": checked,
         "best_precision": best[0],
         "best_recall": best[1],
+        "own_labels": examples.own,
         "uncovered": uncovered,
         "kept_uncovered": float((~covered[kept]).mean()) if kept.any() else 0.0,
         "kept_labels": worth(weights[scores >= threshold]) if threshold is not None else 0,

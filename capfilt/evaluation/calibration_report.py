@@ -51,6 +51,12 @@ def warnings_of(
         probability: of a match of each, [U].
     """
     uncovered = found.get("uncovered") or {"share": 0.0}
+    if found.get("own_labels") is not None:
+        return [
+            f"only {found['own_labels']} labels are of these texts, so no threshold is chosen and "
+            "none of them are kept (the figures below are by the labels of all sources); review "
+            "more of them at random"
+        ]
     if found["threshold"] is None:
         none = (
             f"no threshold reaches a precision of {target:.1%}, so none of them are kept; the best "

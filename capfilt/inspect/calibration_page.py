@@ -62,7 +62,9 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The numbers of a source in words, for the page and the terminal."""
     threshold = found["threshold"]
     shown = "none reaches the precision" if threshold is None else f"{threshold:.4f}"
-    if found["itm_threshold"] is not None:
+    if found.get("own_labels") is not None:
+        shown = "none, for want of labels of these texts"
+    elif found["itm_threshold"] is not None:
         shown = f"ITM probability {found['itm_threshold']:.4f}"
     rows = [
         ("scored pairs", f"{found['pairs']:,}"),
