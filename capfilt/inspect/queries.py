@@ -255,7 +255,8 @@ class Run:
             total,
             _cursor_text(found[-1]) if found and has_next else None,
             _cursor_text(found[0]) if found and has_previous else None,
-            query.sampling,
+            # what a search has found is no sample of the run, in whatever order
+            query.sampling if similar is None else "browse",
         )
 
     def _cards(self, rows: list[int], reviewer: str) -> list[dict[str, Any]]:

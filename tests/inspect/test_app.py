@@ -398,6 +398,13 @@ def test_search_goes_by_id_text_and_picture(shared: Server) -> None:
     assert shared.ask("/api/pairs", near=PAIR, find="x").status == 400
 
 
+def test_what_a_search_finds_is_no_random_sample(shared: Server) -> None:
+    sample = {"order": "random", "seed": "1", "review": "todo"}
+    assert shared.ask("/api/pairs", **sample).json["sampling"] == "random"
+    for near in ({"near": "web-00000-00004"}, {"near_text": "a dog"}):
+        assert shared.ask("/api/pairs", find="image", **near, **sample).json["sampling"] == "browse"
+
+
 def test_without_embeddings_the_page_says_why(server: Server) -> None:
     said = server.ask("/api/summary").json["search"]
     assert not said["available"] and "embeddings/" in said["why_not"]

@@ -403,6 +403,15 @@ def test_search_by_a_pair_of_the_run(tab: Any, url: str) -> None:
     total(tab, 114)
 
 
+def test_a_sample_ends_the_search(tab: Any, url: str) -> None:
+    show(tab, f"{url}/?near=web-00000-00004&find=image")
+    assert tab.input_value("#near") == "web-00000-00004" and tab.inner_text("#sampling") == ""
+    tab.click("[data-sample=random]")
+    total(tab, 114)
+    assert "random sample" in tab.inner_text("#sampling")
+    assert "near" not in tab.url and tab.input_value("#near") == ""
+
+
 def test_a_phone_needs_no_sideways_scrolling(browser: Any, url: str) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
     tab = context.new_page()

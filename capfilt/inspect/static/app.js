@@ -529,10 +529,16 @@ function clearFilters(keep = []) {
 
 function sample(mode) {
   clearFilters(["source"]);
+  clearSearch();
   state.order = mode;
   state.review = "todo";
   if (mode === "random") state.seed = state.seed || String(Math.floor(Math.random() * 1e6));
   refilter();
+}
+
+function clearSearch() {
+  for (const name of SEARCH) state[name] = "";
+  $("#near-picture").value = $("#near-text").value = $("#near").value = "";
 }
 
 function search(values) {
@@ -639,7 +645,7 @@ function listen() {
     } catch (error) { toast(`Not saved: ${error.message}`); }
   });
   $("#search").addEventListener("submit", (event) => { event.preventDefault(); submitSearch(); });
-  $("#search-clear").addEventListener("click", () => { $("#near-picture").value = $("#near-text").value = $("#near").value = ""; search({}); });
+  $("#search-clear").addEventListener("click", () => { clearSearch(); search({}); });
   $("#import").addEventListener("change", async (event) => {
     const file = event.target.files[0];
     if (!file) return;
