@@ -226,6 +226,11 @@ class LabelStore:
             )
             return last
 
+    def at_random(self, label: Label) -> bool:
+        """Whether its reviewer ever judged the pair in a random sample: a correction counts too."""
+        history = self._history.get((label.reviewer, label.pair), [])
+        return any(each.sampling == "random" for each in history)
+
     def lines(self) -> Iterator[str]:
         """Every label of every reviewer as JSONL, with newlines; what `import_lines` takes."""
         for path in self._files():

@@ -524,7 +524,10 @@ class Run:
                 "pair": [label.pair for _, label in placed],
                 "reviewer": [label.reviewer for _, label in placed],
                 "verdict": [label.verdict for _, label in placed],
-                "sampling": [label.sampling for _, label in placed],
+                "sampling": [
+                    "random" if self.labels.at_random(label) else label.sampling
+                    for _, label in placed
+                ],
                 "time": [label.time for _, label in placed],
             }
             unnested = ", ".join(f"unnest(${name})" for name in columns)

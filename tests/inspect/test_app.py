@@ -398,6 +398,30 @@ def test_search_goes_by_id_text_and_picture(shared: Server) -> None:
     assert shared.ask("/api/pairs", near=PAIR, find="x").status == 400
 
 
+def test_a_corrected_label_stays_in_the_random_sample(server: Server) -> None:
+    shown = server.ask("/api/pairs", order="random", seed="3", source="web", limit="20").json
+    for number, pair in enumerate(shown["pairs"]):
+        verdict = "right" if number % 2 else "wrong"
+        said = {"pair_id": pair["pair_id"], "verdict": verdict, "sampling": "random"}
+        assert server.ask("/api/labels", said).status == 200
+    before = server.ask("/api/threshold", t_itm="off").json["all"]["precision"]["random"]
+    again = server.ask("/api/pairs", review="wrong").json
+    assert again["sampling"] == "browse"
+    for pair in again["pairs"][:4]:
+        said = {"pair_id": pair["pair_id"], "verdict": "right", "sampling": "browse"}
+        assert server.ask("/api/labels", said).status == 200
+    after = server.ask("/api/threshold", t_itm="off").json["all"]["precision"]["random"]
+    judged = before["labels"]
+    assert after["labels"] == judged
+    kept = [
+        pair
+        for pair in again["pairs"][:4]
+        if pair["reason"] not in ("duplicate", "download_failed")
+    ]
+    assert after["precision"] == pytest.approx(before["precision"] + len(kept) / judged)
+    assert kept
+
+
 def test_what_a_search_finds_is_no_random_sample(shared: Server) -> None:
     sample = {"order": "random", "seed": "1", "review": "todo"}
     assert shared.ask("/api/pairs", **sample).json["sampling"] == "random"
