@@ -77,6 +77,7 @@ class Run:
         shards: names by number, in the order of the rows.
         labels: its label files.
         version: what the pairs were read from, as a digest.
+        matchers: digest of the matcher that gave the scores, by shard.
     """
 
     run: RunDir
@@ -84,9 +85,9 @@ class Run:
     shards: list[str]
     labels: LabelStore
     version: str
+    matchers: dict[str, str | None]
     _pictures: Pictures
     _thumbnails: "OrderedDict[str, bytes]" = field(default_factory=OrderedDict)
-    _matchers: dict[str, str | None] = field(default_factory=dict)
     _cached: dict[Any, Any] = field(default_factory=dict)
     _kept: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -413,7 +414,9 @@ class Run:
         The precision comes from labels: `random` from those given in random order (unbiased, with
         Wilson's 95 % interval), `any` from all of them, which is biased to where people looked.
         Over all, a source weighs as many pairs as would be kept of it, however many of the labels
-        are its own; human pairs, which are kept unseen, weigh nothing.
+        are its own; human pairs, which are kept unseen, weigh nothing. Labels that were given with
+        another matcher are left out, as `calibrate` does (this one may have learnt from them);
+        `other_matcher` says on how many pairs.
         """
         self.refresh_labels()
         would, params = would_keep(thresholds)
@@ -432,10 +435,10 @@ class Run:
         labelled = self._rows(
             f"""
             WITH votes AS (
-                SELECT row, count(*) FILTER (verdict = 'right') AS for_it,
+                SELECT v.row, count(*) FILTER (verdict = 'right') AS for_it,
                        count(*) FILTER (verdict = 'wrong') AS against_it,
                        bool_or(sampling = 'random') AS at_random
-                FROM verdicts GROUP BY row
+                FROM current_verdicts v GROUP BY v.row
             )
             SELECT p.source, v.at_random, count(*) AS pairs,
                    count(*) FILTER (for_it > against_it) AS is_right,
@@ -456,6 +459,10 @@ class Run:
             mine = [row for row in labelled if row["source"] == name]
             result["sources"][name]["precision"] = precision_of(mine)
         result["all"] = {key: sum(row[key] for row in rows) for key in numbers}
+        result["all"]["other_matcher"] = self._rows(
+            "SELECT count(DISTINCT row) AS n FROM verdicts "
+            "WHERE row NOT IN (SELECT row FROM current_verdicts)"
+        )[0]["n"]
         judged = [row for row in labelled if row["source"] != "human"]
         parts = {name: part for name, part in result["sources"].items() if name != "human"}
         result["all"]["precision"] = {"any": precision_of(judged)["any"], "random": pooled(parts)}
@@ -529,6 +536,7 @@ class Run:
                     for _, label in placed
                 ],
                 "time": [label.time for _, label in placed],
+                "matcher": [label.matcher for _, label in placed],
             }
             unnested = ", ".join(f"unnest(${name})" for name in columns)
             cursor.execute(f"INSERT INTO verdicts SELECT {unnested}", columns)
@@ -588,15 +596,14 @@ class Run:
             "uid": found["uid"],
             "itm_prob": found["itm"],
             "itc_sim": found["itc"],
-            "matcher": self._matcher(self.shards[found["shard"]]),
+            "matcher": self.matchers[self.shards[found["shard"]]],
         }
 
-    def _matcher(self, shard: str) -> str | None:
-        if shard not in self._matchers:
-            record = manifest.read(self.run, self.run.manifest("scores", shard)) or {}
-            weights = record.get("weights") or {}
-            self._matchers[shard] = weights.get("matcher") or record.get("fingerprint")
-        return self._matchers[shard]
+
+def _matcher_of(run: RunDir, shard: str) -> str | None:
+    """What a label says of the matcher that scored a shard: the digest of its weights."""
+    record = manifest.read(run, run.manifest("scores", shard)) or {}
+    return (record.get("weights") or {}).get("matcher") or record.get("fingerprint")
 
 
 def _cursor_text(row: Mapping[str, Any]) -> str:
@@ -633,7 +640,18 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
         connection.execute("SET lock_configuration = true")
         connection.execute(
             "CREATE TABLE verdicts (row BIGINT, pair VARCHAR, reviewer VARCHAR, verdict VARCHAR, "
-            "sampling VARCHAR, time VARCHAR)"
+            "sampling VARCHAR, time VARCHAR, matcher VARCHAR)"
+        )
+        matchers = {name: _matcher_of(run, name) for name in shards}
+        connection.execute(
+            "CREATE TABLE matchers AS SELECT unnest(range($count)) AS shard, "
+            "unnest($matchers) AS matcher",
+            {"count": len(shards), "matchers": list(matchers.values())},
+        )
+        connection.execute(
+            "CREATE VIEW current_verdicts AS SELECT v.* FROM verdicts v "
+            "JOIN run.pairs p ON p.row = v.row JOIN matchers m ON m.shard = p.shard "
+            "WHERE v.matcher IS NULL OR v.matcher = m.matcher"
         )
         connection.execute(
             "CREATE MACRO mix(x) AS "
@@ -647,7 +665,7 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
     except InputError:
         folder = os.path.join(tempfile.mkdtemp(prefix="capfilt-labels-"), "labels")
         log.warning("%s is remote: labels of this review go to %s", run_dir, folder)
-    opened = Run(run, connection, shards, LabelStore(folder), version, Pictures(run))
+    opened = Run(run, connection, shards, LabelStore(folder), version, matchers, Pictures(run))
     opened.refresh_labels()
     return opened
 

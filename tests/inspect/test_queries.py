@@ -390,6 +390,26 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     opened.close()
 
 
+def test_labels_of_another_matcher_are_no_estimate(tmp_path: Path) -> None:
+    """This one may have been taught with them; `calibrate` leaves them out too."""
+    opened = queries.open_run(str(make_run(tmp_path / "run")))
+    pairs = everything(opened, Query(order="random", seed=3, source="web", keep=True))
+    matchers = [None] * 2 + ["f" * 64] * 4 + ["0" * 64] * 6
+    for number, (pair, matcher) in enumerate(zip(pairs, matchers, strict=False)):
+        said = {**opened.label_basis(pair["pair_id"]), "matcher": matcher}
+        verdict = "wrong" if number < 3 else "right"
+        opened.labels.append(
+            Label(**said, verdict=verdict, reviewer="ann", time=utc_now(), sampling="random")
+        )
+    found = opened.try_thresholds(HALF)["all"]
+    for estimate in found["precision"].values():
+        assert estimate["labels"] == 6 and estimate["precision"] == 0.5
+    assert found["other_matcher"] == 6
+    # the cards and the filters still show them
+    assert len(everything(opened, Query(review="mine"))) == 12
+    opened.close()
+
+
 @pytest.mark.parametrize("as_binary", [False, True])
 def test_search_finds_the_nearest_both_ways(tmp_path: Path, as_binary: bool) -> None:
     folder = make_run(tmp_path / "run")
