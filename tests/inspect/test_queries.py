@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fabricated import add_embeddings, calibrate, jpeg, make_run
+from fabricated import add_embeddings, add_human, calibrate, jpeg, make_run
 
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
 from capfilt.inspect import index, pictures, queries, tables
@@ -114,6 +114,30 @@ def test_random_depends_on_the_seed_only_and_is_even(run: Run) -> None:
     place = np.arange(len(first))
     assert abs(np.corrcoef(place, first)[0, 1]) < 0.3
     assert abs(np.corrcoef(np.argsort(first), np.argsort(other))[0, 1]) < 0.3
+
+
+def test_samples_are_of_pairs_that_a_threshold_decides_on(tmp_path: Path) -> None:
+    """Human pairs are kept unseen, and what has no picture or is a duplicate is dropped unseen."""
+    folder = make_run(tmp_path / "run")
+    add_human(folder)
+    opened = queries.open_run(str(folder))
+    rows = scores(folder)
+    human = [name for name, row in rows.items() if row["source"] == "human"]
+    unseen = [
+        name for name, row in rows.items() if row["reason"] in ("download_failed", "duplicate")
+    ]
+    for order, last in (
+        ("random", {*human, *unseen}),
+        ("threshold", {*human}),
+        ("uncertain", {*human}),
+    ):
+        found = [pair["pair_id"] for pair in everything(opened, Query(order=order, review="todo"))]
+        end = len(last) if order == "random" else len(human) + 6  # with those that have no score
+        assert len(found) == len(rows) == 134 and last <= set(found[-end:])
+    # within the human ones the random order is one all the same
+    found = [pair["pair_id"] for pair in everything(opened, Query(order="random", source="human"))]
+    assert sorted(found) == sorted(human) != found
+    opened.close()
 
 
 def test_filters_combine(run: Run, folder: Path) -> None:
