@@ -235,17 +235,35 @@ class Run:
                 f" OR ({value} = $value AND p.row {comparison} $row))"
             )
             order_params |= {"value": sort_value, "row": row}
-        found = self._rows(
-            f"SELECT p.row, {value} AS value FROM {source} WHERE {where}{position} "
-            f"ORDER BY value {direction}, p.row {direction} LIMIT {int(query.limit) + 1}",
-            order_params,
-        )
+
+        def ranked(position: str, direction: str, limit: int) -> list[dict[str, Any]]:
+            return self._rows(
+                f"SELECT p.row, {value} AS value FROM {source} WHERE {where}{position} "
+                f"ORDER BY value {direction}, p.row {direction} LIMIT {limit}",
+                order_params,
+            )
+
+        found = ranked(position, direction, query.limit + 1)
+        if not found and cursor is not None:
+            # all that was there has been reviewed since, say: what is left starts anew
+            return self.page(
+                replace(query, after=None, before=None),
+                thresholds,
+                reviewer,
+                similar,
+                similar_is_picture,
+            )
         more = len(found) > query.limit
         found = found[: query.limit]
         if backwards:
             found.reverse()
         has_next = more if not backwards else True
         has_previous = more if backwards else cursor is not None
+        if has_previous and not backwards and query.review is not None:
+            # the pairs before may have been reviewed since, and are then none of these
+            before = f" AND ({value} < $value OR ({value} = $value AND p.row < $row))"
+            order_params |= {"value": found[0]["value"], "row": found[0]["row"]}
+            has_previous = bool(ranked(before, "ASC", 1))
         pairs = self._cards([row["row"] for row in found], reviewer)
         if similar is not None:
             by_id = dict(similar)

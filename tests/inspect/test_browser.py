@@ -238,6 +238,30 @@ def test_next_goes_on_over_the_page_and_back(tab: Any, url: str) -> None:
     assert tab.evaluate("document.activeElement.dataset.pair") == first[-1]
 
 
+def test_going_back_in_a_sample_is_no_dead_end(browser: Any, tmp_path: Path) -> None:
+    address, stop = serve(make_run(tmp_path / "run"))
+    try:
+        tab = browser.new_page()
+        show(tab, f"{address}/?order=random&seed=5&review=todo&source=web")
+        first = names(tab)
+        tab.locator(".card").first.focus()
+        for _ in first:
+            tab.keyboard.press("y")
+            tab.wait_for_timeout(15)
+        until(tab, f"document.querySelector('.card')?.dataset.pair !== '{first[0]}'")
+        said = f"document.querySelector('#label-counts').textContent.startsWith('{len(first)} by')"
+        until(tab, said)
+        tab.keyboard.press("k")
+        total(tab, 60 - len(first))
+        until(tab, "document.querySelectorAll('.card').length > 0")
+        assert not set(first) & set(names(tab))
+        tab.reload()
+        tab.wait_for_selector(".card")
+        tab.close()
+    finally:
+        stop()
+
+
 def test_filters_combine_and_live_in_the_url(tab: Any, url: str) -> None:
     show(tab, url)
     total(tab, 114)

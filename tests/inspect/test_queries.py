@@ -414,6 +414,47 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     opened.close()
 
 
+def test_a_page_that_was_reviewed_meanwhile_is_no_dead_end(tmp_path: Path) -> None:
+    opened = queries.open_run(str(make_run(tmp_path / "run")))
+    query = Query(order="random", seed=9, review="todo", source="web", limit=15)
+
+    def label(pairs: list[dict[str, Any]]) -> None:
+        for pair in pairs:
+            basis = opened.label_basis(pair["pair_id"])
+            assert basis is not None
+            opened.labels.append(Label(**basis, verdict="right", reviewer="ann", time=utc_now()))
+
+    def page(**place: str) -> queries.Page:
+        (name,) = place
+        return opened.page(replace(query, **{name: _cursor(place, name)}), HALF, "ann")
+
+    first = opened.page(query, HALF, "ann")
+    ahead = page(after=first.next)
+    assert ahead.previous is not None
+    label(first.pairs)
+    # nothing is before the second page now, and a page that was fetched before that knows no better
+    second = page(after=first.next)
+    assert second.pairs and second.previous is None
+    back = page(before=ahead.previous)
+    assert back.pairs == second.pairs and back.previous is None and back.next is not None
+    # some of the first page are left: there is a way back to them
+    opened.labels.undo("ann")
+    back = page(before=page(after=first.next).previous)
+    assert [pair["pair_id"] for pair in back.pairs] == [first.pairs[-1]["pair_id"]]
+    # the last page, all reviewed and loaded again
+    shown, cursor = second, first.next
+    while True:
+        label(shown.pairs)
+        if shown.next is None:
+            break
+        cursor = shown.next
+        shown = page(after=cursor)
+    left = page(after=cursor)
+    assert [pair["pair_id"] for pair in left.pairs] == [first.pairs[-1]["pair_id"]]
+    assert left.total == 1 and left.previous is left.next is None
+    opened.close()
+
+
 def test_labels_of_another_matcher_are_no_estimate(tmp_path: Path) -> None:
     """This one may have been taught with them; `calibrate` leaves them out too."""
     opened = queries.open_run(str(make_run(tmp_path / "run")))
