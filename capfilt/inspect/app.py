@@ -324,7 +324,11 @@ class Page:
                 raise _NotFound(f"there is no pair {pair_id[:200]!r} in this run")
             self.run.labels.append(
                 Label(
-                    **basis, verdict=verdict, reviewer=reviewer, time=utc_now(), sampling=sampling
+                    **basis,
+                    verdict=verdict,
+                    reviewer=reviewer,
+                    time=self.run.labels.time_for(reviewer, basis["uid"] or basis["pair_id"]),
+                    sampling=sampling,
                 )
             )
         self.run.refresh_labels()

@@ -26,7 +26,7 @@ from capfilt.inspect.filters import (
     would_keep,
 )
 from capfilt.inspect.index import attach, import_duckdb, version_of
-from capfilt.inspect.labels import VERDICTS, Label, LabelStore
+from capfilt.inspect.labels import VERDICTS, Label, LabelStore, moment_of
 from capfilt.inspect.pictures import THUMBNAIL_PX, Pictures, shrink
 from capfilt.inspect.precision import pooled, precision_of
 from capfilt.inspect.thresholds import Thresholds, decided_thresholds
@@ -535,7 +535,7 @@ class Run:
         standing = [label for label in self.labels.standing.values() if label.pair in changed]
         with self.connection.cursor() as cursor:
             cursor.execute(
-                "DELETE FROM verdicts WHERE pair IN (SELECT unnest($pairs))",
+                "DELETE FROM placed WHERE pair IN (SELECT unnest($pairs))",
                 {"pairs": sorted(changed)},
             )
             if not standing:
@@ -554,13 +554,17 @@ class Run:
                     for _, label in placed
                 ],
                 "time": [label.time for _, label in placed],
+                "moment": [moment_of(label.time).timestamp() for _, label in placed],
                 "matcher": [label.matcher for _, label in placed],
             }
             unnested = ", ".join(f"unnest(${name})" for name in columns)
-            cursor.execute(f"INSERT INTO verdicts SELECT {unnested}", columns)
+            cursor.execute(f"INSERT INTO placed SELECT {unnested}", columns)
 
     def _rows_of(self, labels: Sequence[Label]) -> dict[Label, int]:
-        """The row of each label: its position if the content is the same, else where it is now."""
+        """The row of each label: its position if the content is the same, else where it is now.
+
+        A label that says nothing of the content is of the pair at its position.
+        """
         rows: dict[Label, int] = {}
         if len(labels) == 1:
             shard = shard_number(labels[0].pair_id, self.shards)
@@ -576,7 +580,7 @@ class Run:
             {"ids": sorted(by_id)},
         ):
             for label in by_id[found["pair_id"]]:
-                if label.uid == found["uid"]:
+                if label.uid in (None, found["uid"]):
                     rows[label] = int(found["row"])
         moved: dict[str, list[Label]] = {}
         for label in labels:
@@ -657,8 +661,13 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         connection.execute(
-            "CREATE TABLE verdicts (row BIGINT, pair VARCHAR, reviewer VARCHAR, verdict VARCHAR, "
-            "sampling VARCHAR, time VARCHAR, matcher VARCHAR)"
+            "CREATE TABLE placed (row BIGINT, pair VARCHAR, reviewer VARCHAR, verdict VARCHAR, "
+            "sampling VARCHAR, time VARCHAR, moment DOUBLE, matcher VARCHAR)"
+        )
+        # a label of the content and one of the position may be about the same pair
+        connection.execute(
+            "CREATE VIEW verdicts AS SELECT * FROM placed QUALIFY row_number() OVER "
+            "(PARTITION BY row, reviewer ORDER BY moment DESC, pair) = 1"
         )
         matchers = {name: _matcher_of(run, name) for name in shards}
         connection.execute(

@@ -309,6 +309,28 @@ def test_labels_go_out_and_in_again(server: Server) -> None:
     assert server.ask("/api/labels/import", b"\xff").status == 400
 
 
+def test_a_label_of_a_position_is_shown_and_an_older_one_is_not(server: Server) -> None:
+    line = {"pair_id": PAIR, "reviewer": "kim", "verdict": "right", "time": "2025-02-01T00:00:00Z"}
+
+    def take_in(**changes: str) -> dict[str, Any]:
+        body = (json.dumps({**line, **changes}) + "\n").encode()
+        assert server.ask("/api/labels/import", body).json["added"] == 1
+        return server.ask(f"/api/pair/{PAIR}", reviewer="kim").json
+
+    uid = take_in()["uid"]
+    assert server.ask("/api/summary").json["labels"]["pairs"] == 1
+    assert take_in(verdict="wrong", time="2025-01-01T00:00:00Z")["verdict"] == "right"
+    # the same reviewer has one verdict on a pair, whether or not a label names the content
+    found = take_in(verdict="unsure", time="2025-03-01T00:00:00Z", uid=uid)
+    assert found["verdict"] == "unsure" and len(found["labels"]) == 1
+    found = take_in(verdict="wrong", time="2025-01-15T00:00:00Z", uid=uid)
+    assert found["verdict"] == "unsure" and len(found["labels"]) == 1
+    # but content that is not there is not taken for what is
+    assert (
+        take_in(verdict="wrong", time="2025-04-01T00:00:00Z", uid="0" * 64)["verdict"] == "unsure"
+    )
+
+
 def test_a_decision_is_saved_as_a_filter_section(server: Server) -> None:
     answer = server.ask(
         "/api/decision", {"name": "../stricter one!", "t_itm": "0.625", "t_itc": "off"}

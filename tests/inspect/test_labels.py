@@ -63,6 +63,31 @@ def test_the_last_verdict_holds_and_undo_brings_the_one_before_back(tmp_path: Pa
     assert len((tmp_path / "ann.jsonl").read_text().splitlines()) == 3
 
 
+def test_an_older_label_that_comes_later_changes_nothing(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path / "labels")
+    new = label(verdict="right", time="2025-02-01T00:00:00Z")
+    old = label(verdict="wrong", time="2025-01-01T00:00:00Z")
+    void = label(verdict="retracted", time="2025-01-02T00:00:00+00:00")
+    for line in (new, old, void):
+        store.import_lines(line.line())
+        store.refresh()
+        assert [each.verdict for each in store.standing.values()] == ["right"]
+    assert [each.verdict for each in read_labels(tmp_path / "labels")] == ["right"]
+    undone = store.undo("ann")
+    assert undone == new
+    store.refresh()
+    assert store.standing == {}  # the older one was void
+    # a verdict from a machine whose clock is ahead can be undone and changed too
+    ahead = label(verdict="wrong", time="2999-01-01T00:00:00Z")
+    store.append(ahead)
+    store.refresh()
+    store.append(label(time=store.time_for("ann", ahead.pair)))
+    store.refresh()
+    assert [each.verdict for each in store.standing.values()] == ["right"]
+    assert store.undo("ann").verdict == "right" and store.refresh()
+    assert [each.verdict for each in store.standing.values()] == ["wrong"]
+
+
 def test_reviewers_have_their_own_files_and_verdicts(tmp_path: Path) -> None:
     store = LabelStore(tmp_path)
     store.append(label(reviewer="ann"))
