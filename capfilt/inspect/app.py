@@ -322,6 +322,11 @@ class Page:
             basis = self.run.label_basis(pair_id)
             if basis is None:
                 raise _NotFound(f"there is no pair {pair_id[:200]!r} in this run")
+            if self.run.scored_anew(pair_id):
+                raise _Taken(
+                    "the run was scored anew since this page was opened, so the label would be of "
+                    "scores that are gone: stop `capfilt inspect` and start it again"
+                )
             self.run.labels.append(
                 Label(
                     **basis,
@@ -469,7 +474,7 @@ class _Forbidden(InputError):
 
 
 class _Taken(InputError):
-    """The name is in use."""
+    """Something else is there by now."""
 
 
 def _json(body: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from capfilt.inspect.filters import (
     shard_number,
     would_keep,
 )
-from capfilt.inspect.index import attach, import_duckdb, version_of
+from capfilt.inspect.index import attach, import_duckdb, prints_of, version_of
 from capfilt.inspect.labels import VERDICTS, Label, LabelStore, moment_of
 from capfilt.inspect.pictures import THUMBNAIL_PX, Pictures, shrink
 from capfilt.inspect.precision import pooled, precision_of
@@ -58,6 +58,7 @@ class Page:
         next: cursor of the page after, or None.
         previous: cursor of the page before, or None.
         sampling: what labels given here count as.
+        changed: whether tables of these pairs were made anew since the run was opened.
     """
 
     pairs: list[dict[str, Any]]
@@ -65,6 +66,7 @@ class Page:
     next: str | None
     previous: str | None
     sampling: str
+    changed: bool
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Run:
         shards: names by number, in the order of the rows.
         labels: its label files.
         version: what the pairs were read from, as a digest.
+        prints: what each shard was known by then, from `prints_of`.
         matchers: digest of the matcher that gave the scores, by shard.
     """
 
@@ -85,6 +88,7 @@ class Run:
     shards: list[str]
     labels: LabelStore
     version: str
+    prints: dict[str, list[Any]]
     matchers: dict[str, str | None]
     _pictures: Pictures
     _thumbnails: "OrderedDict[str, bytes]" = field(default_factory=OrderedDict)
@@ -96,6 +100,18 @@ class Run:
     def close(self) -> None:
         """Lets go of the duckdb file."""
         self.connection.close()
+
+    def changed(self, shards: Collection[str] | None = None) -> bool:
+        """Whether tables were made anew since the run was opened, of some shards or of any."""
+        if shards is None and self.run.shards("scores") != self.shards:
+            return True
+        try:
+            return any(
+                prints_of(self.run, name) != self.prints[name]
+                for name in (self.shards if shards is None else shards)
+            )
+        except InputError:  # a manifest that is being written, or was damaged
+            return True
 
     def _rows(self, sql: str, params: Any = None) -> list[dict[str, Any]]:
         # a cursor of its own for each call: requests run on several threads
@@ -129,6 +145,7 @@ class Run:
             "rules": self.other_rules(),
             "version": self.version,
             "labels": self.label_counts(),
+            "changed": self.changed(),
         }
 
     def thresholds(self) -> Thresholds:
@@ -276,6 +293,7 @@ class Run:
             _cursor_text(found[0]) if found and has_previous else None,
             # what a search has found is no sample of the run, in whatever order
             query.sampling if similar is None else "browse",
+            self.changed({pair["shard"] for pair in pairs}),
         )
 
     def _cards(self, rows: list[int], reviewer: str) -> list[dict[str, Any]]:
@@ -605,6 +623,15 @@ class Run:
         placed = self._rows("SELECT count(DISTINCT row) AS n FROM verdicts")[0]["n"]
         return {"pairs": placed, "reviewers": reviewers, "skipped_lines": self.labels.skipped}
 
+    def scored_anew(self, pair_id: str) -> bool:
+        """Whether the scores of a pair's shard were made anew since the run was opened."""
+        shard = shard_number(pair_id, self.shards)
+        if shard is None:
+            return False
+        name = self.shards[shard]
+        # the second of `prints_of` is of the scores: other decisions don't change what a label says
+        return bool(prints_of(self.run, name)[1] != self.prints[name][1])
+
     def label_basis(self, pair_id: str) -> dict[str, Any] | None:
         """What a label stores about its pair, or None where there is no such pair."""
         row = self.row_of(pair_id)
@@ -653,7 +680,8 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
             f"{run_dir} has no scores yet, so there is nothing to review: "
             "run `capfilt score CONFIG` or `capfilt run CONFIG` first"
         )
-    version = version_of(run, shards)
+    prints = {name: prints_of(run, name) for name in shards}
+    version = version_of(prints)
     connection = duckdb.connect(":memory:")
     try:
         attach(connection, run, shards, version, may_write)
@@ -692,7 +720,9 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
     except InputError:
         folder = os.path.join(tempfile.mkdtemp(prefix="capfilt-labels-"), "labels")
         log.warning("%s is remote: labels of this review go to %s", run_dir, folder)
-    opened = Run(run, connection, shards, LabelStore(folder), version, matchers, Pictures(run))
+    opened = Run(
+        run, connection, shards, LabelStore(folder), version, prints, matchers, Pictures(run)
+    )
     opened.refresh_labels()
     return opened
 

@@ -444,6 +444,36 @@ def test_a_corrected_label_stays_in_the_random_sample(server: Server) -> None:
     assert kept
 
 
+def sign_again(folder: Path, table: str, **changes: Any) -> None:
+    for path in (folder / table).glob("*.manifest.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_run_that_changed_meanwhile_is_said(server: Server) -> None:
+    folder = Path(server.page.run.run.path)
+    body = {"pair_id": PAIR, "verdict": "right"}
+    assert not server.ask("/api/summary").json["changed"]
+    assert not server.ask("/api/pairs").json["changed"]
+    # other decisions: what a label says stays as it is
+    sign_again(folder, "decisions", finished="2030-01-01T00:00:00Z")
+    assert server.ask("/api/summary").json["changed"]
+    assert server.ask("/api/pairs").json["changed"]
+    assert server.ask("/api/labels", body).status == 200
+    # other scores: a label would be of those that the page still shows
+    sign_again(folder, "scores", fingerprint="e" * 64, weights={"matcher": "e" * 64})
+    answer = server.ask("/api/labels", body)
+    assert answer.status == 409 and "scored anew" in answer.json["error"]
+    assert "start it again" in answer.json["error"]
+    (label,) = read_labels(folder / "labels")
+    assert label.matcher == "f" * 64
+
+
+def test_a_shard_that_went_meanwhile_is_a_change(server: Server) -> None:
+    folder = Path(server.page.run.run.path)
+    (folder / "scores/web-00001.manifest.json").unlink()
+    assert server.ask("/api/summary").json["changed"]
+
+
 def test_what_a_search_finds_is_no_random_sample(shared: Server) -> None:
     sample = {"order": "random", "seed": "1", "review": "todo"}
     assert shared.ask("/api/pairs", **sample).json["sampling"] == "random"

@@ -262,6 +262,23 @@ def test_going_back_in_a_sample_is_no_dead_end(browser: Any, tmp_path: Path) -> 
         stop()
 
 
+def test_a_run_that_changed_meanwhile_is_said(browser: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    address, stop = serve(made)
+    try:
+        tab = browser.new_page()
+        show(tab, address)
+        assert tab.locator("#changed").is_hidden()
+        calibrate(made)  # signs the decisions anew
+        tab.keyboard.press("/")
+        tab.keyboard.type("lake")
+        tab.wait_for_selector("#changed", state="visible")
+        assert "start it again" in tab.inner_text("#changed")
+        tab.close()
+    finally:
+        stop()
+
+
 def test_filters_combine_and_live_in_the_url(tab: Any, url: str) -> None:
     show(tab, url)
     total(tab, 114)

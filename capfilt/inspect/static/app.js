@@ -127,6 +127,7 @@ async function load({ focus = null } = {}) {
 
 function show(found, focus) {
   page = found;
+  if (found.changed) $("#changed").hidden = false;
   $("#total").textContent = pairs(found.total);
   $("#sampling").textContent = {
     random: "random sample: labels count for the estimate", threshold: "sample near the threshold",
@@ -689,6 +690,7 @@ async function start() {
   $("#run-name").textContent = summary.run;
   $("#run-counts").textContent = `${pairs(summary.pairs)}, ${count(summary.pictures)} pictures, ${count(summary.shards)} ${summary.shards === 1 ? "shard" : "shards"}`;
   $("#read-only").hidden = !summary.read_only;
+  if (summary.changed) $("#changed").hidden = false;
   for (const part of ["#reviewer-field", "#import-field", "#save"]) $(part).hidden = summary.read_only;
   if (!reviewer()) $("#reviewer").value = summary.reviewer;
   // the first page was asked for before the reviewer's name was known here
