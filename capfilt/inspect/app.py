@@ -388,9 +388,12 @@ class Page:
         """Takes a picture to search with; it stays in memory, and its URL dies with the server."""
         if self.embeddings is None or self.embedder is None:
             raise InputError("search by an own picture needs the matcher, which is not loaded")
-        picture = pictures.shrink(body, 768)
+        picture = pictures.shrink(body, 768, pictures.LARGEST_UPLOAD_PX)
         if picture is None:
-            raise InputError("that is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP)")
+            raise InputError(
+                "that is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP; at most "
+                f"{pictures.LARGEST_UPLOAD_PX / 1e6:.0f} megapixels)"
+            )
         vector = np.asarray(self.embedder.picture(picture), np.float32)
         name = secrets.token_urlsafe(9)
         with self._lock:
