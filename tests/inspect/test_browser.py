@@ -474,6 +474,41 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, url: str) -> None:
     context.close()
 
 
+def test_scrolling_past_a_histogram_moves_no_threshold(browser: Any, url: str) -> None:
+    size = {"width": 390, "height": 844}
+    context = browser.new_context(viewport=size, is_mobile=True, has_touch=True)
+    tab = context.new_page()
+    show(tab, url)
+    tab.click("#threshold-box summary")
+    tab.evaluate("document.querySelector('#threshold-box').scrollIntoView()")
+    tab.wait_for_timeout(200)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    slider, touch = tab.locator(".plot input").first, context.new_cdp_session(tab)
+
+    def swipe(x: float, dx: float, dy: float) -> None:
+        box = slider.bounding_box()
+        x, y = box["x"] + x * box["width"], box["y"] + box["height"] / 2
+
+        def send(kind: str, *points: dict[str, float]) -> None:
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+        send("touchStart", {"x": x, "y": y})
+        for step in range(1, 14):
+            send("touchMove", {"x": x + dx * step, "y": y + dy * step})
+            tab.wait_for_timeout(16)
+        send("touchEnd")
+        tab.wait_for_timeout(500)
+
+    top = tab.evaluate("scrollY")
+    swipe(0.25, 0, -12)
+    assert tab.evaluate("scrollY") > top and slider.input_value() == "0.5"
+    assert "t_itm" not in tab.url
+    tab.evaluate("document.querySelector('#threshold-box').scrollIntoView()")
+    swipe(0.5, 5, 0)
+    assert 0.55 < float(slider.input_value()) < 0.8 and "t_itm" in tab.url
+    context.close()
+
+
 def test_light_and_dark_are_readable(browser: Any, url: str) -> None:
     contrast = """() => {
         const parse = (colour) => colour.match(/[0-9.]+/g).slice(0, 3).map(Number);
