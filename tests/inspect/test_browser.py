@@ -279,6 +279,55 @@ def test_a_run_that_changed_meanwhile_is_said(browser: Any, tmp_path: Path) -> N
         stop()
 
 
+def test_details_that_come_late_are_not_shown_under_another_title(tab: Any, url: str) -> None:
+    show(tab, f"{url}/?source=web&keep=yes")
+    slow, quick = names(tab)[:2]
+
+    def answer(route: Any) -> None:
+        if slow in route.request.url:
+            tab.wait_for_timeout(600)
+        route.continue_()
+
+    tab.route("**/api/pair/**", answer)
+    tab.locator(".card").first.focus()
+    for key in ("Enter", "Escape", "j", "Enter"):
+        tab.keyboard.press(key)
+    tab.wait_for_selector("#details-body .facts")
+    tab.wait_for_timeout(900)
+    assert tab.inner_text("#details-title") == quick
+    shown = tab.locator("#details-body .facts dd").nth(1).inner_text()
+    assert quick.startswith(shown)
+
+
+def test_a_held_key_and_one_on_a_slider_are_no_verdicts(browser: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    address, stop = serve(made)
+    try:
+        tab = browser.new_page()
+        show(tab, f"{address}/?source=web")
+        tab.locator(".card").first.focus()
+        for _ in range(8):
+            tab.keyboard.down("y")  # the second and later are repeats
+        tab.keyboard.up("y")
+        until(tab, "document.querySelector('#label-counts').textContent.startsWith('1 by me')")
+        assert tab.evaluate("document.activeElement.dataset.pair") == names(tab)[1]
+        tab.locator(".plot input").first.focus()
+        for key in ("n", "u", "y"):
+            tab.keyboard.press(key)
+        tab.wait_for_timeout(300)
+        assert len(read_labels(made / "labels")) == 1
+        # and the counts follow the reviewer's name
+        tab.fill("#reviewer", "bob")
+        tab.locator("#reviewer").blur()
+        until(tab, "document.querySelector('#label-counts').textContent.startsWith('0 by me')")
+        tab.fill("#reviewer", "ann")
+        tab.locator("#reviewer").blur()
+        until(tab, "document.querySelector('#label-counts').textContent.startsWith('1 by me')")
+        tab.close()
+    finally:
+        stop()
+
+
 def test_filters_combine_and_live_in_the_url(tab: Any, url: str) -> None:
     show(tab, url)
     total(tab, 114)

@@ -16,6 +16,7 @@ let page = null;        // what the server answered last
 let current = 0;        // index of the card that keys act on
 let ahead = null;       // {url, promise}: the next page, fetched while this one is looked at
 let asked = 0;          // number of the latest request for a page
+let looked = 0;         // number of the latest request for details
 let toastTimer = 0;
 let writes = Promise.resolve();   // verdicts are stored one after another
 
@@ -299,6 +300,7 @@ function undo() {
 }
 
 function showLabels(labels) {
+  summary.labels = labels;
   const mine = labels.reviewers[reviewer()];
   const total = mine ? VERDICTS.reduce((sum, [name]) => sum + mine[name], 0) : 0;
   const others = Object.keys(labels.reviewers).filter((name) => name !== reviewer()).length;
@@ -315,6 +317,7 @@ function facts(rows) {
 }
 
 async function details(pair) {
+  const mine = ++looked;
   $("#details-title").textContent = pair.pair_id;
   $("#details-body").replaceChildren(make("p", {}, "…"));
   if (!$("#details").open) $("#details").showModal();
@@ -322,6 +325,7 @@ async function details(pair) {
     const query = reviewer() ? `?${new URLSearchParams({ reviewer: reviewer() })}` : "";
     const path = pair.pair_id.split("/").map(encodeURIComponent).join("/");
     const found = await ask(`/api/pair/${path}${query}`);
+    if (mine !== looked) return;   // another pair's were asked for since
     const image = found.image || {};
     const size = (width, height) => (width == null ? null : `${width} × ${height} px`);
     $("#details-body").replaceChildren(
@@ -338,7 +342,7 @@ async function details(pair) {
         facts([[table, `${record.stage}, ${record.finished}`], ["fingerprint", record.fingerprint]]),
         make("pre", { tabindex: "0" }, JSON.stringify({ config: record.config, weights: record.weights, versions: record.versions }, null, 1)))));
   } catch (error) {
-    $("#details-body").replaceChildren(make("p", { role: "alert" }, error.message));
+    if (mine === looked) $("#details-body").replaceChildren(make("p", { role: "alert" }, error.message));
   }
 }
 
@@ -584,12 +588,15 @@ function onKey(event) {
   const typing = target.matches("input:not([type=checkbox], [type=radio], [type=range], [type=file]), select, textarea");
   if (typing) { if (event.key === "Escape") target.blur(); return; }
   const arrows = target.matches("input, summary");   // sliders and radios need their arrows
+  const marks = { y: "right", n: "wrong", u: "unsure" };
   const actions = {
     j: () => move(1), k: () => move(-1), z: undo, "?": () => $("#help").showModal(),
     "/": () => { $("#filters-box").open = true; $("#filters").elements.words.focus(); },
-    y: () => { say("right", current); move(1); }, n: () => { say("wrong", current); move(1); },
-    u: () => { say("unsure", current); move(1); },
   };
+  // a key that is held down, or one that meant the slider, is no verdict
+  if (!target.matches("[type=range]")) {
+    for (const [key, verdict] of Object.entries(marks)) actions[key] = () => { say(verdict, current); move(1); };
+  }
   if (!arrows) {
     actions.ArrowRight = actions.j;
     actions.ArrowLeft = actions.k;
@@ -597,9 +604,11 @@ function onKey(event) {
     actions.ArrowUp = () => move(-Math.min(columns(), Math.max(1, current)));
   }
   if (target.matches(".card")) actions.Enter = () => details(page.pairs[current]);
-  const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const action = actions[key];
   if (!action || !page || !summary) return;
   event.preventDefault();
+  if (event.repeat && (key in marks || key === "z")) return;
   action();
 }
 
