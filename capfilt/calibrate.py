@@ -67,9 +67,15 @@ def run_calibration(
         The calibration and where it was written.
 
     Raises:
-        UsageError: too few labels, of one class, or of another matcher; or `target` is too high.
+        UsageError: the folder of labels is not there, or they are too few, of one class, or of
+            another matcher; or `target` is too high.
         InputError: the run is not scored.
     """
+    if labels is not None and not labels.is_dir():
+        raise UsageError(
+            f"labels {str(labels)!r}: the folder is not there, so its labels are too few (none); "
+            "give labels/ of a run that was reviewed with `capfilt inspect RUN`"
+        )
     run = RunDir(config.run_dir)
     matcher = matcher_of(run)
     random = np.random.default_rng(config.seed)

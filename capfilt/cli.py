@@ -435,7 +435,9 @@ def calibrate(
     for warning in found.report["warnings"]:
         print(f"warning: {warning}")
     print(f"charts  {path.with_suffix('.html')}")
-    print(f"use it  capfilt filter {config} --set filter.calibration={path}")
+    given = [*(overrides or ()), f"filter.calibration={path}"]
+    options = [word for one in given for word in ("--set", one)]
+    print(f"use it  {shlex.join(['capfilt', 'filter', str(config), *options])}")
 
 
 @app.command()

@@ -228,6 +228,25 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path: Path):
         driver.run_calibration(config_of(tmp_path / "nothing"), target=0.9)
 
 
+def test_the_line_that_says_how_to_use_it_can_be_pasted(tmp_path: Path, capfilt):
+    import shlex
+
+    _, truth = scored_run(tmp_path / "my run")
+    review(tmp_path / "my run" / "labels", truth, 400)
+    given = f"run_dir={tmp_path / 'my run'}"
+    config = config_file(tmp_path / "elsewhere")
+    said = capfilt("calibrate", config, "--set", given, "--target", "precision=0.9")
+    assert said.code == 0, said.err
+    (line,) = [each for each in said.out.splitlines() if each.startswith("use it")]
+    words = shlex.split(line.removeprefix("use it"))
+    file = f"filter.calibration={tmp_path / 'my run' / 'calibration.json'}"
+    assert words == ["capfilt", "filter", str(config), "--set", given, "--set", file]
+    # and a folder that is not there is called that
+    gone = tmp_path / "lables"
+    said = capfilt("calibrate", config, "--set", given, "--labels", gone)
+    assert said.code == 2 and f"labels '{gone}': the folder is not there" in said.err
+
+
 def test_labels_of_another_source_promise_nothing(tmp_path: Path, capfilt):
     _, truth = scored_run(tmp_path / "run")
     web_texts = {pair: match for pair, match in truth.items() if pair.endswith("/text0")}
