@@ -464,6 +464,14 @@ def inspect(
     token: Annotated[
         str | None, typer.Option(help="What a browser must bring once, in the URL.")
     ] = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Scheme and host that browsers ask, where a proxy stands before the page "
+            "(https://review.example.org); needs --token; give --port too.",
+        ),
+    ] = None,
     read_only: Annotated[
         bool, typer.Option("--read-only", help="The page writes no labels and no decisions.")
     ] = False,
@@ -499,6 +507,7 @@ def inspect(
                 host=host,
                 port=port,
                 token=token,
+                origin=origin,
                 read_only=read_only,
                 reviewer=reviewer,
                 embedder=open_embedder(RunDir(str(run_dir))),

@@ -181,9 +181,12 @@ def _whole(params: Mapping[str, str], name: str, low: int, high: int) -> int:
 def _cursor(params: Mapping[str, str], name: str) -> tuple[float, int]:
     value, _, row = params[name].partition("~")
     try:
-        return float(value), int(row)
+        place = float(value)
     except ValueError:
-        raise InputError(f"{name} is {params[name][:80]!r}, expected a cursor of a page") from None
+        place = math.nan
+    if not math.isfinite(place) or not re.fullmatch(r"[0-9]{1,18}", row):
+        raise InputError(f"{name} is {params[name][:80]!r}, expected a cursor of a page")
+    return place, int(row)
 
 
 def shard_number(name: str, shards: Sequence[str]) -> int | None:

@@ -109,7 +109,7 @@ def parse(line: str, where: str) -> Label:
     """
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, found {type(values).__name__}")
@@ -131,9 +131,9 @@ def parse(line: str, where: str) -> Label:
         raise InputError(f"{where}: a text holds half of a surrogate pair") from None
     for name in ("itm_prob", "itc_sim"):
         value = values.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
-            raise InputError(f"{where}: {name!r} is {value!r}, expected a number or null")
+        if value is not None and not _is_number(value):
+            shown = repr(value)[:80]
+            raise InputError(f"{where}: {name!r} is {shown}, expected a number or null")
     if values["verdict"] not in (*VERDICTS, RETRACTED):
         raise InputError(
             f"{where}: 'verdict' is {values['verdict']!r}, expected one of {[*VERDICTS, RETRACTED]}"
@@ -150,6 +150,16 @@ def parse(line: str, where: str) -> Label:
         ) from None
     values["reviewer"] = check_reviewer(values["reviewer"])
     return Label(**values)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a finite number; a whole one may have any number of digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @dataclass

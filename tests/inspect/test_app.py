@@ -514,6 +514,67 @@ def test_a_token_is_asked_for_and_leaves_the_url(tmp_path: Path) -> None:
         page.run.close()
 
 
+@pytest.mark.parametrize("passes_host_on", [True, False])
+@pytest.mark.parametrize(
+    "origin", ["https://review.example.org", "https://review.example.org:8443"]
+)
+def test_a_proxy_with_tls_can_stand_before_it(
+    tmp_path: Path, origin: str, passes_host_on: bool
+) -> None:
+    page = app.open_page(str(make_run(tmp_path / "run", shards=1)), reviewer="ann")
+    started, process = start(page, app.Access("127.0.0.1", "s3cret-token", origin))
+    try:
+        host = origin.removeprefix("https://") if passes_host_on else f"127.0.0.1:{started.port}"
+        redirect = started.ask("/", headers={"host": host}, token="s3cret-token")
+        assert redirect.status == 303 and redirect.headers["location"] == "/"
+        cookie = redirect.headers["set-cookie"]
+        assert "; Secure" in cookie
+        sent = {"host": host, "cookie": cookie.split(";")[0]}
+        assert started.ask("/api/summary", headers=sent).status == 200
+        body = {"pair_id": PAIR, "verdict": "right"}
+        for site, status in (
+            (origin, 200),
+            ("https://evil.example", 403),
+            (origin.replace("https", "http"), 200 if passes_host_on else 403),
+            (f"{origin}.evil.example", 403),
+        ):
+            answer = started.ask("/api/labels", body, {**sent, "origin": site})
+            assert answer.status == status, site
+        foreign = {**sent, "host": "evil.example"}
+        assert started.ask("/api/summary", headers=foreign).status == 421
+        assert started.ask("/api/summary", headers={"host": host}).status == 403
+    finally:
+        process.should_exit = True
+        page.run.close()
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["review.example.org", "ftp://a", "https://", "https://a/b", "https://a@b", "https://["],
+)
+def test_an_origin_is_scheme_and_host(tmp_path: Path, origin: str) -> None:
+    folder = str(make_run(tmp_path / "run", shards=1, pictures=2))
+    with pytest.raises(UsageError, match="--origin"):
+        app.serve(folder, origin=origin, token="s3cret-token", open_browser=False)
+    with pytest.raises(UsageError, match="--token"):
+        app.serve(folder, origin="https://a.example/", open_browser=False)
+
+
+def test_odd_input_is_refused_with_the_guarding_headers(server: Server) -> None:
+    body = {"pair_id": PAIR, "verdict": "right"}
+    line = {**body, "reviewer": "x", "time": "2025-01-01T00:00:00Z"}
+    for answer, status in (
+        (server.ask("/api/labels", body, {"origin": "http://["}), 403),
+        (server.ask("/api/pairs", after="1~" + "9" * 50), 400),
+        (server.ask("/api/labels", b"[" * 100_000), 400),
+        (server.ask("/api/labels/import", b"[" * 100_000), 400),
+        (server.ask("/api/labels/import", {**line, "itm_prob": 10**400}), 400),
+    ):
+        assert answer.status == status and answer.json["error"]
+        assert "content-security-policy" in answer.headers
+    assert not read_labels(server.page.run.run.at("labels"))
+
+
 def test_other_machines_need_a_token(tmp_path: Path) -> None:
     folder = str(make_run(tmp_path / "run", shards=1, pictures=2))
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):

@@ -98,7 +98,11 @@ def test_reviewers_have_their_own_files_and_verdicts(tmp_path: Path) -> None:
     assert [each.reviewer for each in read_labels(tmp_path)] == ["ann", "bob"]
 
 
-@pytest.mark.parametrize("tail", [b'{"pair_id": "web-0', b"\xff\xfe{", b"{}", b"\x00" * 40])
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"pair_id": "web-0', b"\xff\xfe{", b"{}", b"\x00" * 40, b"[" * 100_000,
+     json.dumps({**label().__dict__, "itm_prob": 10**400}).encode()],
+)  # fmt: skip
 def test_half_a_line_is_skipped_and_closed_by_the_next(
     tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -182,6 +186,9 @@ def test_export_and_import_are_each_other_s_inverse(tmp_path: Path) -> None:
         (json.dumps({**label().__dict__, "time": "yesterday"}), "'time'"),
         (json.dumps({**label().__dict__, "itm_prob": "high"}), "'itm_prob'"),
         (json.dumps({**label().__dict__, "itm_prob": float("nan")}), "'itm_prob'"),
+        (json.dumps({**label().__dict__, "itm_prob": 10**400}), "'itm_prob'"),
+        (json.dumps({**label().__dict__, "itm_prob": True}), "'itm_prob'"),
+        ("[" * 100_000, "line 2 is not JSON"),
         (json.dumps({**label().__dict__, "sampling": "x"}), "'sampling'"),
         (json.dumps({**label().__dict__, "pair_id": "\ud800"}), "surrogate"),
         (json.dumps({**label().__dict__, "reviewer": "a\nb"}), "control characters"),
