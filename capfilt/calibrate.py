@@ -211,17 +211,17 @@ def from_labels(
     everything = _examples(rows)
     note = f" in {folder}" + (f" ({strange} more are of another matcher)" if strange else "")
     check_examples(everything, f"labels{note}")
-    found = {}
+    found, counts = {}, []
     for source in sources:
         own = _examples([row for row in rows if row["source"] == source])
         right = int(own.match.sum())
         enough = min(right, len(own) - right) >= FEWEST
         found[source] = own if enough else replace(everything, own=len(own))
+        counts.append(f"{source} texts: {right} right, {len(own) - right} wrong")
     if all(part.own is not None for part in found.values()):
-        counts = ", ".join(f"{part.own} of {source} texts" for source, part in found.items())
         raise UsageError(
-            f"the labels{note} are too few of each source ({counts}): a calibration needs at least "
-            f"{FEWEST} right and {FEWEST} wrong ones of one; review more pairs with "
+            f"the labels{note} are too few of each source ({'; '.join(counts)}): a calibration "
+            f"needs at least {FEWEST} right and {FEWEST} wrong ones of one; review more pairs with "
             "`capfilt inspect RUN`"
         )
     return found

@@ -263,10 +263,15 @@ def test_labels_of_another_source_promise_nothing(tmp_path: Path, capfilt):
     assert stored["sources"]["web"]["threshold"] is not None
     assert [each for each in stored["report"]["warnings"] if each.startswith(told)]
     assert "only 8 labels" in path.with_suffix(".html").read_text()
+    # where the own labels don't reach it either, that is said too
+    said = capfilt("calibrate", config_file(tmp_path / "run"), "--target", "precision=0.999999")
+    assert said.code == 2 and "synthetic texts have only 8 labels of their own" in said.err
     # too few of each source, though enough in all
     review(tmp_path / "split", web_texts, 30)
     review(tmp_path / "split", others, 30)
-    with pytest.raises(UsageError, match=r"few of each source \(30 of web texts, 30 of synth"):
+    with pytest.raises(
+        UsageError, match=r"few of each source \(web texts: \d+ right, \d+ wrong; synth"
+    ):
         driver.run_calibration(config_of(tmp_path / "run"), target=0.9, labels=tmp_path / "split")
 
 

@@ -198,6 +198,11 @@ def calibrate(
 
 def _out_of_reach(target: float, reports: dict[str, Any]) -> str:
     """The message where no source reaches the precision."""
+    lent = [
+        f"; {name} texts have only {part['own_labels']} labels of their own"
+        for name, part in reports.items()
+        if part["own_labels"] is not None
+    ]
     reports = {name: part for name, part in reports.items() if part["own_labels"] is None}
     best = max(part["best_precision"] for part in reports.values())
     reached = ", ".join(
@@ -208,7 +213,7 @@ def _out_of_reach(target: float, reports: dict[str, Any]) -> str:
     lower = math.floor(100 * best) / 100
     said = (
         f"no threshold reaches precision {target}: by the labels, the best that one reaches is, "
-        f"for {reached}"
+        f"for {reached}{''.join(lent)}"
     )
     bare = [
         f"; {name} texts: {bare_text(part['uncovered'])}"

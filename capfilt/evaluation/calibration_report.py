@@ -35,7 +35,7 @@ def bare_text(uncovered: dict[str, Any]) -> str:
     """Which scores no label covers, and what to do, as part of a sentence."""
     return (
         f"no label covers {uncovered['share']:.1%} of the pairs ({uncovered['where']}), which "
-        f"therefore count as wrong; review about {uncovered['review']} pairs at random"
+        f"therefore count as wrong; review about {uncovered['review']} of this source at random"
     )
 
 

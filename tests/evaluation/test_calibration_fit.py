@@ -225,7 +225,7 @@ def test_scores_without_labels_are_not_promised(picked, score):
         fit(reviewed(pool, match, rows), pool, 0.8, score=score)
     said = str(error.value)
     assert "no label covers" in said and "count as wrong" in said
-    assert "review about 250 pairs at random" in said
+    assert "review about 250 of this source at random" in said
     if picked.startswith("near the"):
         assert "(ITM from 0.00" in said and "to 0.999), which" in said and "ask for" not in said
 

@@ -37,7 +37,9 @@ def test_every_reason_to_doubt_is_told():
     assert said(uncovered=bare, kept_uncovered=0.0) == []
     (warning,) = said(uncovered=bare, kept_uncovered=0.125)
     assert (
-        told_of in warning and "120 pairs at random" in warning and "kept, it is 12.5%" in warning
+        told_of in warning
+        and "120 of this source at random" in warning
+        and "kept, it is 12.5%" in warning
     )
     assert told_of in said(threshold=None, uncovered=bare)[1]
 
