@@ -7,7 +7,7 @@ ITC finds nearest to its own among a sample; and a human pair with one word of i
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,15 @@ def run_calibration(
         The calibration and where it was written.
 
     Raises:
-        UsageError: too few labels, of one class, or of another matcher; or `target` is too high.
+        UsageError: the folder of labels is not there, or they are too few, of one class, or of
+            another matcher; or `target` is too high.
         InputError: the run is not scored.
     """
+    if labels is not None and not labels.is_dir():
+        raise UsageError(
+            f"labels {str(labels)!r}: the folder is not there, so its labels are too few (none); "
+            "give labels/ of a run that was reviewed with `capfilt inspect RUN`"
+        )
     run = RunDir(config.run_dir)
     matcher = matcher_of(run)
     random = np.random.default_rng(config.seed)
@@ -167,10 +173,11 @@ def from_labels(
     """Examples by source from review labels, with the scores that the pairs have in the run now.
 
     A pair that several people judged goes by their majority; `unsure`, and a draw, say nothing. A
-    source with too few labels of its own borrows those of all sources.
+    source with too few labels of its own gets those of all sources, with `Examples.own` set.
 
     Raises:
-        UsageError: there are too few, they are all of one class, or of another matcher.
+        UsageError: there are too few of every source, they are all of one class, or of another
+            matcher.
     """
     judged = [label for label in labels if label.verdict in ("right", "wrong")]
     usable = [label for label in judged if label.matcher in (None, matcher)]
@@ -204,16 +211,19 @@ def from_labels(
     everything = _examples(rows)
     note = f" in {folder}" + (f" ({strange} more are of another matcher)" if strange else "")
     check_examples(everything, f"labels{note}")
-    found = {}
+    found, counts = {}, []
     for source in sources:
         own = _examples([row for row in rows if row["source"] == source])
         right = int(own.match.sum())
         enough = min(right, len(own) - right) >= FEWEST
-        found[source] = own if enough else everything
-        if not enough:
-            log.warning(
-                "few labels of %s texts (%d): those of all sources are used", source, len(own)
-            )
+        found[source] = own if enough else replace(everything, own=len(own))
+        counts.append(f"{source} texts: {right} right, {len(own) - right} wrong")
+    if all(part.own is not None for part in found.values()):
+        raise UsageError(
+            f"the labels{note} are too few of each source ({'; '.join(counts)}): a calibration "
+            f"needs at least {FEWEST} right and {FEWEST} wrong ones of one; review more pairs with "
+            "`capfilt inspect RUN`"
+        )
     return found
 
 

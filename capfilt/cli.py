@@ -443,7 +443,9 @@ def calibrate(
     for warning in found.report["warnings"]:
         print(f"warning: {warning}")
     print(f"charts  {path.with_suffix('.html')}")
-    print(f"use it  capfilt filter {config} --set filter.calibration={path}")
+    given = [*(overrides or ()), f"filter.calibration={path}"]
+    options = [word for one in given for word in ("--set", one)]
+    print(f"use it  {shlex.join(['capfilt', 'filter', str(config), *options])}")
 
 
 @app.command()
@@ -469,6 +471,14 @@ def inspect(
     ] = 0,
     token: Annotated[
         str | None, typer.Option(help="What a browser must bring once, in the URL.")
+    ] = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Scheme and host that browsers ask, where a proxy stands before the page "
+            "(https://review.example.org); needs --token; give --port too.",
+        ),
     ] = None,
     read_only: Annotated[
         bool, typer.Option("--read-only", help="The page writes no labels and no decisions.")
@@ -505,6 +515,7 @@ def inspect(
                 host=host,
                 port=port,
                 token=token,
+                origin=origin,
                 read_only=read_only,
                 reviewer=reviewer,
                 embedder=open_embedder(RunDir(str(run_dir))),

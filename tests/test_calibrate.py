@@ -228,6 +228,53 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path: Path):
         driver.run_calibration(config_of(tmp_path / "nothing"), target=0.9)
 
 
+def test_the_line_that_says_how_to_use_it_can_be_pasted(tmp_path: Path, capfilt):
+    import shlex
+
+    _, truth = scored_run(tmp_path / "my run")
+    review(tmp_path / "my run" / "labels", truth, 400)
+    given = f"run_dir={tmp_path / 'my run'}"
+    config = config_file(tmp_path / "elsewhere")
+    said = capfilt("calibrate", config, "--set", given, "--target", "precision=0.9")
+    assert said.code == 0, said.err
+    (line,) = [each for each in said.out.splitlines() if each.startswith("use it")]
+    words = shlex.split(line.removeprefix("use it"))
+    file = f"filter.calibration={tmp_path / 'my run' / 'calibration.json'}"
+    assert words == ["capfilt", "filter", str(config), "--set", given, "--set", file]
+    # and a folder that is not there is called that
+    gone = tmp_path / "lables"
+    said = capfilt("calibrate", config, "--set", given, "--labels", gone)
+    assert said.code == 2 and f"labels '{gone}': the folder is not there" in said.err
+
+
+def test_labels_of_another_source_promise_nothing(tmp_path: Path, capfilt):
+    _, truth = scored_run(tmp_path / "run")
+    web_texts = {pair: match for pair, match in truth.items() if pair.endswith("/text0")}
+    others = {pair: match for pair, match in truth.items() if pair not in web_texts}
+    review(tmp_path / "run" / "labels", web_texts, 300)
+    review(tmp_path / "run" / "labels", others, 8)
+    said = capfilt("calibrate", config_file(tmp_path / "run"), "--target", "precision=0.9")
+    assert said.code == 0, said.err
+    told = "synthetic texts: only 8 labels are of these texts, so no threshold is chosen"
+    assert f"warning: {told}" in said.out
+    path = tmp_path / "run" / "calibration.json"
+    stored = json.loads(path.read_text())
+    assert stored["sources"]["synthetic"]["threshold"] is None
+    assert stored["sources"]["web"]["threshold"] is not None
+    assert [each for each in stored["report"]["warnings"] if each.startswith(told)]
+    assert "only 8 labels" in path.with_suffix(".html").read_text()
+    # where the own labels don't reach it either, that is said too
+    said = capfilt("calibrate", config_file(tmp_path / "run"), "--target", "precision=0.999999")
+    assert said.code == 2 and "synthetic texts have only 8 labels of their own" in said.err
+    # too few of each source, though enough in all
+    review(tmp_path / "split", web_texts, 30)
+    review(tmp_path / "split", others, 30)
+    with pytest.raises(
+        UsageError, match=r"few of each source \(web texts: \d+ right, \d+ wrong; synth"
+    ):
+        driver.run_calibration(config_of(tmp_path / "run"), target=0.9, labels=tmp_path / "split")
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 human and 60 web pictures scored by a random matcher."""

@@ -11,7 +11,7 @@ Dimensions: N examples, U unlabelled pairs of a source, K kinds of examples, C s
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from capfilt.evaluation.calibration import (
 )
 from capfilt.evaluation.calibration_report import (
     bands_of,
+    bare_text,
     curves,
     interval_of,
     more_labels,
@@ -42,6 +43,9 @@ from capfilt.evaluation.calibration_report import (
 
 FEWEST = 20
 """Labelled matches, and labelled mismatches, that a calibration needs."""
+COVER = 12
+"""Labels that a cell of the pool holds on average where they were drawn at random. One in some
+160,000 such cells then holds none, so a cell without a label tells of labels that were picked."""
 LIKELY = 0.5
 """Where a match is at least so probable, the curve is fitted to the examples there alone."""
 FOLDS = 5
@@ -68,6 +72,8 @@ class Examples:
         image: what their picture is called, N; a picture is never on both sides of a split.
         kind: `match`, and kinds of mismatches (a key of `PRIOR`), where they were made up; `label`
             where they were reviewed. N.
+        own: how many of them are of the source itself, where these are too few and labels of all
+            sources stand in; None where all are its own.
     """
 
     itm: Floats
@@ -75,14 +81,15 @@ class Examples:
     match: Bools
     image: NDArray[np.object_]
     kind: NDArray[np.object_]
+    own: int | None = None
 
     def __len__(self) -> int:
         return len(self.match)
 
     def take(self, rows: NDArray[Any]) -> "Examples":
         """Some of them, in another order or number."""
-        parts = (self.itm, self.itc, self.match, self.image, self.kind)
-        return Examples(*(part[rows] for part in parts))
+        names = ("itm", "itc", "match", "image", "kind")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     @property
     def reviewed(self) -> bool:
@@ -104,9 +111,8 @@ class Pool:
     itc: Floats
     total: int
 
-    def sample(self, count: int, random: np.random.Generator) -> "Pool":
-        """So many of them at random, with repeats."""
-        rows = random.integers(len(self.itm), size=min(count, len(self.itm)))
+    def take(self, rows: NDArray[np.int64]) -> "Pool":
+        """Some of them, in another order or number."""
         return Pool(self.itm[rows], self.itc[rows], self.total)
 
 
@@ -120,7 +126,7 @@ def check_examples(examples: Examples, what: str) -> None:
     if (right and not wrong) or (wrong and not right):
         raise UsageError(
             f"all {right + wrong} {what} are {'right' if right else 'wrong'}: a calibration needs "
-            "both; review pairs near the threshold or at random with `capfilt inspect RUN`"
+            "both; review pairs at random with `capfilt inspect RUN`"
         )
     if right < FEWEST or wrong < FEWEST:
         raise UsageError(
@@ -192,6 +198,12 @@ def calibrate(
 
 def _out_of_reach(target: float, reports: dict[str, Any]) -> str:
     """The message where no source reaches the precision."""
+    lent = [
+        f"; {name} texts have only {part['own_labels']} labels of their own"
+        for name, part in reports.items()
+        if part["own_labels"] is not None
+    ]
+    reports = {name: part for name, part in reports.items() if part["own_labels"] is None}
     best = max(part["best_precision"] for part in reports.values())
     reached = ", ".join(
         f"{name} texts {part['best_precision']:.3f} (which keeps {part['best_recall']:.1%} of the "
@@ -199,11 +211,19 @@ def _out_of_reach(target: float, reports: dict[str, Any]) -> str:
         for name, part in reports.items()
     )
     lower = math.floor(100 * best) / 100
-    ask = f"ask for less (--target precision={lower:.2f})" if lower > 0 else "ask for less"
-    return (
+    said = (
         f"no threshold reaches precision {target}: by the labels, the best that one reaches is, "
-        f"for {reached}; {ask}, review more pairs with high scores, or train a better matcher"
+        f"for {reached}{''.join(lent)}"
     )
+    bare = [
+        f"; {name} texts: {bare_text(part['uncovered'])}"
+        for name, part in reports.items()
+        if part["uncovered"]["share"]
+    ]
+    if bare:
+        return said + "".join(bare)
+    ask = f"ask for less (--target precision={lower:.2f})" if lower > 0 else "ask for less"
+    return f"{said}; {ask}, review more pairs with high scores, or train a better matcher"
 
 
 def example_weights(examples: Examples, pool: Pool) -> tuple[Floats, dict[str, float]]:
@@ -229,6 +249,68 @@ def example_weights(examples: Examples, pool: Pool) -> tuple[Floats, dict[str, f
         rows = examples.kind == kind
         weights[rows] = share / rows.sum()
     return weights / weights.sum(), shares
+
+
+def coverage(examples: Examples, pool: Pool) -> tuple[Bools, dict[str, Any]]:
+    """Which pairs of the pool the labels tell of: beyond these a curve only guesses.
+
+    The pool is cut into cells of equal size: along ITM, along ITC, and along both. Each would hold
+    `COVER` labels on average if these were drawn at random; pairs in a cell that holds none are not
+    covered. Labels that were picked, near a threshold say, cover what lies around them. Made-up
+    examples, of which the mix is estimated, cover all.
+
+    Returns:
+        Whether each pair is covered, [U]; and of those that are not their `share` of the pool,
+        `where` most of them are, in words, and how many pairs to `review` at random to cover all
+        but some hundredth.
+    """
+    found = np.ones(len(pool.itm), dtype=bool)
+    if not examples.reviewed:
+        return found, {"share": 0.0, "where": "", "review": 0}
+    count = max(len(examples) // COVER, 2)
+    side = math.isqrt(count)
+    most, where = 0.0, "of some combinations of ITM and ITC"
+    for rows, columns in ((count, 1), (1, count), (side, side)):
+        labelled = _equal_cells(examples.itm, examples.itc, pool, rows, columns)
+        here = _equal_cells(pool.itm, pool.itc, pool, rows, columns)
+        bare = ~np.isin(here, labelled)
+        found &= ~bare
+        if bare.mean() > most and 1 in (rows, columns):
+            name, values = ("ITM", pool.itm) if columns == 1 else ("ITC", pool.itc)
+            most, where = float(bare.mean()), f"{name} {_ranges(values, here, bare)}"
+    empty = math.log(100)  # a cell of c labels on average holds none with probability exp(-c)
+    share = float(1 - found.mean())
+    return found, {
+        "share": share,
+        "where": where,
+        "review": math.ceil(len(examples) * empty / (COVER - empty) / 10) * 10 if share else 0,
+    }
+
+
+def _equal_cells(
+    itm: Floats, itc: Floats, pool: Pool, rows: int, columns: int
+) -> NDArray[np.int64]:
+    """The cell of each pair; all hold as many of the pool's pairs, more where scores are equal.
+
+    They are bands of ITM, and in each of these bands of ITC.
+    """
+    edges = _edges(pool.itm, rows)
+    band = np.searchsorted(edges, itm, side="right")
+    in_pool = np.searchsorted(edges, pool.itm, side="right")
+    cells = band * columns
+    for number in np.unique(in_pool):
+        here = band == number
+        inner = _edges(pool.itc[in_pool == number], columns)
+        cells[here] += np.searchsorted(inner, itc[here], side="right")
+    return np.asarray(cells, np.int64)
+
+
+def _ranges(values: Floats, cells: NDArray[np.int64], bare: Bools) -> str:
+    """The scores of bare cells in words; neighbouring cells are one range."""
+    numbers = np.unique(cells[bare])
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    ends = [values[np.isin(cells, run)] for run in runs]
+    return " and ".join(f"from {each.min():.3f} to {each.max():.3f}" for each in ends)
 
 
 def mix(examples: Examples, pool: Pool) -> dict[str, float]:
@@ -423,13 +505,18 @@ def _calibrate_source(
     method = min(losses, key=lambda name: losses[name])
     used = weights > 0
     curve = METHODS[method](scores[used], examples.match[used], weights[used])
+    covered, uncovered = coverage(examples, pool)
     probability = curve(in_pool)
-    threshold, _ = pick_threshold(in_pool, probability, target)
+    # of what no label covers nothing is known: it counts as wrong, whatever the curve says there
+    sure = np.where(covered, probability, 0.0)
+    threshold, _ = pick_threshold(in_pool, sure, target)
     best = min(
         best_reachable(scores[used], examples.match[used], weights[used], FEWEST),
-        best_reachable(in_pool, probability, np.ones(len(in_pool)), 1),
+        best_reachable(in_pool, sure, np.ones(len(in_pool)), 1),
     )
-    if best[0] < target:  # the curve may say otherwise: it can end in a step of a few labels
+    # the curve may say otherwise: it can end in a step of a few labels; and what the labels of
+    # other sources say of the best of these is no promise
+    if best[0] < target or examples.own is not None:
         threshold = None
     kept = in_pool >= threshold if threshold is not None else np.zeros(len(in_pool), dtype=bool)
     random = np.random.default_rng(seed)
@@ -440,7 +527,8 @@ def _calibrate_source(
         part = examples.take(again)
         if part.match.all() or not part.match.any():
             continue
-        sample = pool.sample(POOL, random)
+        rows = random.integers(len(in_pool), size=min(POOL, len(in_pool)))
+        sample = pool.take(rows)
         again_weights, _ = example_weights(part, sample)
         again_scores = scores[again]
         used = again_weights > 0
@@ -453,14 +541,16 @@ def _calibrate_source(
         drawn["auc"].append(weighted_auc(again_scores, part.match, again_weights))
         bands.append(rates(again_scores, part.match, again_weights, lines["threshold"]))
         if threshold is not None and (above := again_pool >= threshold).any():
-            drawn["precision"].append(float(p[above].mean()))
+            drawn["precision"].append(float(np.where(covered[rows], p, 0.0)[above].mean()))
             drawn["recall"].append(float(p[above].sum() / max(p.sum(), 1e-12)))
     share = float(probability.mean())
-    precision = float(probability[kept].mean()) if kept.any() else None
+    precision = float(sure[kept].mean()) if kept.any() else None
     interval = interval_of(drawn["precision"])
     checked = None
     if threshold is not None:
-        checked = _check_held_out(method, scores, examples.match, weights, folds, in_pool, target)
+        checked = _check_held_out(
+            method, scores, examples.match, weights, folds, in_pool, covered, target
+        )
     found_here = {
         "threshold": threshold,
         "precision": precision,
@@ -469,6 +559,9 @@ def _calibrate_source(
         "held_out": checked,
         "best_precision": best[0],
         "best_recall": best[1],
+        "own_labels": examples.own,
+        "uncovered": uncovered,
+        "kept_uncovered": float((~covered[kept]).mean()) if kept.any() else 0.0,
         "kept_labels": worth(weights[scores >= threshold]) if threshold is not None else 0,
     }
     report = {
@@ -553,6 +646,7 @@ def _check_held_out(
     weights: Floats,
     folds: NDArray[np.int64],
     in_pool: Floats,
+    covered: Bools,
     target: float,
 ) -> dict[str, Any]:
     """What thresholds keep of labels that had no part in finding them.
@@ -569,7 +663,7 @@ def _check_held_out(
         if match[rest].all() or not match[rest].any():
             continue
         curve = METHODS[method](scores[rest], match[rest], weights[rest])
-        threshold, _ = pick_threshold(in_pool, curve(in_pool), target)
+        threshold, _ = pick_threshold(in_pool, np.where(covered, curve(in_pool), 0.0), target)
         if threshold is not None:
             kept |= here & (scores >= threshold)
     kept &= weights > 0
@@ -581,9 +675,9 @@ def _check_held_out(
     }
 
 
-def _edges(values: Floats) -> Floats:
+def _edges(values: Floats, bins: int = CELLS) -> Floats:
     """Inner edges of quantile bins; fewer where many values are equal."""
-    return np.unique(np.quantile(values, np.linspace(0, 1, CELLS + 1)[1:-1]))
+    return np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
 
 
 def _cell(itm: Floats, itc: Floats, edges: list[Floats]) -> NDArray[np.int64]:

@@ -31,6 +31,14 @@ def labels_to_show(target: float) -> int:
     return math.ceil(Z**2 * target / (1 - target))
 
 
+def bare_text(uncovered: dict[str, Any]) -> str:
+    """Which scores no label covers, and what to do, as part of a sentence."""
+    return (
+        f"no label covers {uncovered['share']:.1%} of the pairs ({uncovered['where']}), which "
+        f"therefore count as wrong; review about {uncovered['review']} of this source at random"
+    )
+
+
 def warnings_of(
     found: dict[str, Any], target: float, in_pool: Floats, probability: Floats
 ) -> list[str]:
@@ -42,13 +50,25 @@ def warnings_of(
         in_pool: scores of the unlabelled pairs, [U].
         probability: of a match of each, [U].
     """
-    if found["threshold"] is None:
+    uncovered = found.get("uncovered") or {"share": 0.0}
+    if found.get("own_labels") is not None:
         return [
+            f"only {found['own_labels']} labels are of these texts, so no threshold is chosen and "
+            "none of them are kept (the figures below are by the labels of all sources); review "
+            "more of them at random"
+        ]
+    if found["threshold"] is None:
+        none = (
             f"no threshold reaches a precision of {target:.1%}, so none of them are kept; the best "
             f"that the labels bear out is {found['best_precision']:.1%}, which keeps "
             f"{found['best_recall']:.1%} of the right ones"
-        ]
+        )
+        return [none, bare_text(uncovered)] if uncovered["share"] else [none]
     said = []
+    if found.get("kept_uncovered"):
+        said.append(
+            f"{bare_text(uncovered)} (of those that are kept, it is {found['kept_uncovered']:.1%})"
+        )
     needed = labels_to_show(target)
     if found["kept_labels"] < needed:
         said.append(

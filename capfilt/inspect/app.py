@@ -82,21 +82,33 @@ class Access:
     Attributes:
         host: the address that the server listens on.
         token: what a request must bring; None asks for none (loopback only).
+        origin: what browsers ask instead where a proxy stands before the server, as in
+            `https://review.example.org`; None where there is none.
     """
 
     host: str = "127.0.0.1"
     token: str | None = None
+    origin: str | None = None
 
     def allows_host(self, header: str) -> bool:
         """Whether a Host header names this machine; a foreign name is DNS rebinding."""
         name = host_name(header)
         if name in ("localhost", "127.0.0.1", "::1"):
             return True
+        if self.origin is not None and header.lower() == _netloc(self.origin):
+            return True
         if is_loopback(self.host):
             return False
         # an address can't be rebound, only a name can
         own = {self.host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
         return name in own or _is_address(name)
+
+    def allows_origin(self, origin: str, host: str) -> bool:
+        """Whether a page of that origin may write: it is the one that the request was sent to.
+
+        A proxy may pass the Host header on, or write its own.
+        """
+        return _netloc(origin) == host.lower() or origin.lower() == self.origin
 
     def allows_token(self, given: str | None) -> bool:
         """Whether the token is the right one, in constant time."""
@@ -109,6 +121,29 @@ def host_name(header: str) -> str:
     """The host of a Host header in lower case, without port and brackets; empty if malformed."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", header)
     return (match[1] or match[2]).lower() if match else ""
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin, in lower case; None where it is malformed or has none."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
+
+
+def checked_origin(given: str) -> str:
+    """An origin as browsers send it: in lower case, without a slash at its end.
+
+    Raises:
+        UsageError: it is no such address.
+    """
+    origin = given.lower().rstrip("/")
+    if not re.fullmatch(r"https?://[^/?#@]+", origin) or not host_name(_netloc(origin) or ""):
+        raise UsageError(
+            f"--origin {given!r}: expected scheme and host of the proxy, as in "
+            "https://review.example.org"
+        )
+    return origin
 
 
 def is_loopback(host: str) -> bool:
@@ -185,6 +220,8 @@ class Guard:
                 # out of the address bar and the history
                 rest = urlencode([(name, value) for name, value in asked if name != "token"])
                 cookie = f"{COOKIE}={in_url}; HttpOnly; SameSite=Lax; Path=/"
+                if (self.access.origin or "").startswith("https://"):
+                    cookie += "; Secure"
                 location = "/" + (f"?{rest}" if rest else "")
                 return (
                     303,
@@ -198,7 +235,7 @@ class Guard:
             if given.get(HEADER) != "1":
                 return 403, f"writes need the header {HEADER}: 1", []
             origin = given.get("origin")
-            if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+            if origin is not None and not self.access.allows_origin(origin, hosts[0]):
                 return 403, "a page of another origin may not write here", []
             if given.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
                 return 403, "a page of another origin may not write here", []
@@ -322,9 +359,18 @@ class Page:
             basis = self.run.label_basis(pair_id)
             if basis is None:
                 raise _NotFound(f"there is no pair {pair_id[:200]!r} in this run")
+            if self.run.scored_anew(pair_id):
+                raise _Taken(
+                    "the run was scored anew since this page was opened, so the label would be of "
+                    "scores that are gone: stop `capfilt inspect` and start it again"
+                )
             self.run.labels.append(
                 Label(
-                    **basis, verdict=verdict, reviewer=reviewer, time=utc_now(), sampling=sampling
+                    **basis,
+                    verdict=verdict,
+                    reviewer=reviewer,
+                    time=self.run.labels.time_for(reviewer, basis["uid"] or basis["pair_id"]),
+                    sampling=sampling,
                 )
             )
         self.run.refresh_labels()
@@ -379,9 +425,12 @@ class Page:
         """Takes a picture to search with; it stays in memory, and its URL dies with the server."""
         if self.embeddings is None or self.embedder is None:
             raise InputError("search by an own picture needs the matcher, which is not loaded")
-        picture = pictures.shrink(body, 768)
+        picture = pictures.shrink(body, 768, pictures.LARGEST_UPLOAD_PX)
         if picture is None:
-            raise InputError("that is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP)")
+            raise InputError(
+                "that is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP; at most "
+                f"{pictures.LARGEST_UPLOAD_PX / 1e6:.0f} megapixels)"
+            )
         vector = np.asarray(self.embedder.picture(picture), np.float32)
         name = secrets.token_urlsafe(9)
         with self._lock:
@@ -465,13 +514,13 @@ class _Forbidden(InputError):
 
 
 class _Taken(InputError):
-    """The name is in use."""
+    """Something else is there by now."""
 
 
 def _json(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the request is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError("the request is not a JSON object")
@@ -610,6 +659,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 0,
     token: str | None = None,
+    origin: str | None = None,
     read_only: bool = False,
     reviewer: str | None = None,
     open_browser: bool = True,
@@ -623,6 +673,7 @@ def serve(
         host: address to listen on; another than loopback needs a token.
         port: to listen on; 0 is 8765, or a free one where that is taken.
         token: what a browser must bring once, in the URL.
+        origin: scheme and host that browsers ask, where a proxy stands before this; needs a token.
         read_only: write nothing: no labels, no decisions, no index beside the run.
         reviewer: name for the labels; the login name by default.
         open_browser: open the page in the user's browser.
@@ -645,6 +696,13 @@ def serve(
             f"--host {host} can be reached from other machines: give --token too "
             "(any secret; it goes into the URL once), or leave --host out"
         )
+    if origin is not None:
+        origin = checked_origin(origin)
+        if not token:
+            raise UsageError(
+                f"--origin {origin} can be reached from other machines: give --token too "
+                "(any secret; it goes into the URL once), or leave --origin out"
+            )
     if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]{8,200}", token):
         raise UsageError("--token: expected at least 8 letters, digits and . _ ~ -")
     page = open_page(run_dir, read_only=read_only, reviewer=reviewer, embedder=embedder)
@@ -652,11 +710,11 @@ def serve(
         listener = _listen(host, port)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         shown = f"[{shown}]" if ":" in shown else shown
-        url = f"http://{shown}:{listener.getsockname()[1]}/"
+        url = f"{origin or f'http://{shown}:{listener.getsockname()[1]}'}/"
         if token is not None:
             url += f"?token={token}"
         config = uvicorn.Config(
-            create_app(page, Access(host, token)),
+            create_app(page, Access(host, token, origin)),
             log_level="warning",
             access_log=False,
             server_header=False,

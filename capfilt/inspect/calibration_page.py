@@ -62,7 +62,9 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The numbers of a source in words, for the page and the terminal."""
     threshold = found["threshold"]
     shown = "none reaches the precision" if threshold is None else f"{threshold:.4f}"
-    if found["itm_threshold"] is not None:
+    if found.get("own_labels") is not None:
+        shown = "none, for want of labels of these texts"
+    elif found["itm_threshold"] is not None:
         shown = f"ITM probability {found['itm_threshold']:.4f}"
     rows = [
         ("scored pairs", f"{found['pairs']:,}"),
@@ -80,6 +82,10 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["mix"]:
         mix = ", ".join(f"{kind} {share:.0%}" for kind, share in found["mix"].items())
         rows.insert(3, ("estimated mix", mix))
+    uncovered = found.get("uncovered") or {"share": 0.0}
+    if uncovered["share"]:
+        told = f"{uncovered['share']:.1%} of the pairs ({uncovered['where']})"
+        rows.append(("covered by no label", told))
     if found["more_labels"] is not None:
         rows.append(("labels to halve the interval", f"{found['more_labels']:,} more"))
     return rows

@@ -19,15 +19,22 @@ ORDERS = {
     "itm": "p.itm",
     "itc": "p.itc",
     "threshold": (
-        "abs(p.itm::DOUBLE"
-        " - CASE p.source WHEN 'synthetic' THEN $threshold_synthetic ELSE $threshold END)"
+        "abs(p.itm::DOUBLE - CASE p.source WHEN 'synthetic' THEN $threshold_synthetic"
+        " WHEN 'web' THEN $threshold END)"
     ),
-    "uncertain": "abs(p.itm::DOUBLE - 0.5)",
+    "uncertain": "CASE WHEN p.source <> 'human' THEN abs(p.itm::DOUBLE - 0.5) END",
     "disagreement": "-p.disagreement",
-    "random": "mix(mix(xor(mix(p.row), ($seed * 2654435761) & 4294967295)))",
+    "random": (
+        "CASE WHEN p.source = 'human' OR NOT p.eligible THEN 4294967296 ELSE 0 END"
+        " + mix(mix(xor(mix(p.row), ($seed * 2654435761) & 4294967295)))"
+    ),
     "similar": "-s.similarity",
 }
-"""What pairs can be sorted by; each ascends from the most interesting."""
+"""What pairs can be sorted by; each ascends from the most interesting.
+
+The three that are offered as samples end with the pairs that no threshold decides on: the human
+ones, and in random order those without a picture or a text, and duplicates.
+"""
 
 CHANGES = ("joins", "leaves", "any")
 TRIED = ("t_itm", "t_itc", "t_synthetic_itm", "t_synthetic_itc")
@@ -174,9 +181,12 @@ def _whole(params: Mapping[str, str], name: str, low: int, high: int) -> int:
 def _cursor(params: Mapping[str, str], name: str) -> tuple[float, int]:
     value, _, row = params[name].partition("~")
     try:
-        return float(value), int(row)
+        place = float(value)
     except ValueError:
-        raise InputError(f"{name} is {params[name][:80]!r}, expected a cursor of a page") from None
+        place = math.nan
+    if not math.isfinite(place) or not re.fullmatch(r"[0-9]{1,18}", row):
+        raise InputError(f"{name} is {params[name][:80]!r}, expected a cursor of a page")
+    return place, int(row)
 
 
 def shard_number(name: str, shards: Sequence[str]) -> int | None:

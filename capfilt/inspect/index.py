@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +47,19 @@ def import_duckdb() -> Any:
     return duckdb
 
 
-def version_of(run: RunDir, shards: Sequence[str]) -> str:
-    """A digest of the manifests of all that is read."""
-    prints: list[Any] = [LAYOUT]
-    for name in shards:
-        for table in ("images", "scores", "decisions"):
-            record = manifest.read(run, run.manifest(table, name))
-            prints.append(
-                [table, name, record["fingerprint"], record.get("finished")] if record else None
-            )
-    return hashlib.sha256(canonical_json(prints).encode()).hexdigest()[:16]
+def prints_of(run: RunDir, shard: str) -> list[Any]:
+    """What a shard's tables are known by: their manifests' fingerprints and when they were made."""
+    found = []
+    for table in ("images", "scores", "decisions"):
+        record = manifest.read(run, run.manifest(table, shard))
+        found.append([table, record["fingerprint"], record.get("finished")] if record else None)
+    return found
+
+
+def version_of(prints: Mapping[str, list[Any]]) -> str:
+    """A digest of all that is read, from `prints_of` each shard."""
+    known = canonical_json([LAYOUT, *prints.items()])
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def attach(

@@ -1,11 +1,13 @@
 """Review labels: an append-only JSONL file per reviewer, which survives a kill at any moment.
 
 A line is a verdict on a pair, or the retraction of the reviewer's last verdict on it; nothing is
-ever rewritten. A line counts from its newline on, and is on the disk (fsync) before `append`
-returns: what a killed process leaves behind is at most half a line, which readers skip and the next
-append closes.
+ever rewritten. What holds goes by the times in the lines, so that older labels may be imported
+after newer ones; of equal times, by the order of the lines. A line counts from its newline on, and
+is on the disk (fsync) before `append` returns: what a killed process leaves behind is at most half
+a line, which readers skip and the next append closes.
 """
 
+import bisect
 import json
 import logging
 import math
@@ -107,7 +109,7 @@ def parse(line: str, where: str) -> Label:
     """
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, found {type(values).__name__}")
@@ -129,9 +131,9 @@ def parse(line: str, where: str) -> Label:
         raise InputError(f"{where}: a text holds half of a surrogate pair") from None
     for name in ("itm_prob", "itc_sim"):
         value = values.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
-            raise InputError(f"{where}: {name!r} is {value!r}, expected a number or null")
+        if value is not None and not _is_number(value):
+            shown = repr(value)[:80]
+            raise InputError(f"{where}: {name!r} is {shown}, expected a number or null")
     if values["verdict"] not in (*VERDICTS, RETRACTED):
         raise InputError(
             f"{where}: 'verdict' is {values['verdict']!r}, expected one of {[*VERDICTS, RETRACTED]}"
@@ -148,6 +150,16 @@ def parse(line: str, where: str) -> Label:
         ) from None
     values["reviewer"] = check_reviewer(values["reviewer"])
     return Label(**values)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a finite number; a whole one may have any number of digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @dataclass
@@ -173,6 +185,7 @@ class LabelStore:
         self.folder = Path(folder)
         self.standing: dict[tuple[str, str], Label] = {}
         self.skipped = 0
+        self._lines: dict[tuple[str, str], list[Label]] = {}
         self._history: dict[tuple[str, str], list[Label]] = {}
         self._tails: dict[str, _Tail] = {}
         self._lock = threading.RLock()
@@ -204,7 +217,7 @@ class LabelStore:
 
         Args:
             reviewer: who.
-            time: of the retraction; now by default.
+            time: of the retraction; `time_for` by default.
 
         Returns:
             The verdict that was retracted, or None where there was none.
@@ -214,17 +227,28 @@ class LabelStore:
             mine = [label for (who, _), label in self.standing.items() if who == reviewer]
             if not mine:
                 return None
-            last = max(mine, key=lambda label: _moment(label.time))
+            last = max(mine, key=lambda label: moment_of(label.time))
             self.append(
                 Label(
                     **{
                         **asdict(last),
                         "verdict": RETRACTED,
-                        "time": time or utc_now(),
+                        "time": time or self.time_for(reviewer, last.pair),
                     }
                 )
             )
             return last
+
+    def time_for(self, reviewer: str, pair: str) -> str:
+        """The time of a new line: now, or that of the verdict that stands where it is later."""
+        now, standing = utc_now(), self.standing.get((reviewer, pair))
+        ahead = standing is not None and moment_of(standing.time) > moment_of(now)
+        return standing.time if standing is not None and ahead else now
+
+    def at_random(self, label: Label) -> bool:
+        """Whether its reviewer ever judged the pair in a random sample: a correction counts too."""
+        history = self._history.get((label.reviewer, label.pair), [])
+        return any(each.sampling == "random" for each in history)
 
     def lines(self) -> Iterator[str]:
         """Every label of every reviewer as JSONL, with newlines; what `import_lines` takes."""
@@ -325,12 +349,15 @@ class LabelStore:
 
     def _apply(self, label: Label) -> None:
         identity = (label.reviewer, label.pair)
-        history = self._history.setdefault(identity, [])
-        if label.verdict == RETRACTED:
-            if history:
+        lines = self._lines.setdefault(identity, [])
+        bisect.insort(lines, label, key=lambda each: moment_of(each.time))
+        history: list[Label] = []
+        for line in lines:
+            if line.verdict != RETRACTED:
+                history.append(line)
+            elif history:
                 history.pop()
-        else:
-            history.append(label)
+        self._history[identity] = history
         if history:
             self.standing[identity] = history[-1]
         else:
@@ -347,7 +374,8 @@ def _whole_labels(path: Path) -> Iterator[Label]:
             continue
 
 
-def _moment(time: str) -> datetime:
+def moment_of(time: str) -> datetime:
+    """The time of a line; one without a zone is UTC."""
     moment = datetime.fromisoformat(time)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
@@ -375,7 +403,7 @@ def read_labels(folder: str | Path) -> list[Label]:
     """
     store = LabelStore(folder)
     store.refresh()
-    return sorted(store.standing.values(), key=lambda label: (_moment(label.time), label.pair_id))
+    return sorted(store.standing.values(), key=lambda label: (moment_of(label.time), label.pair_id))
 
 
 def verdicts_of(labels: Iterable[Label]) -> dict[str, bool]:

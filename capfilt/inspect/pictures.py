@@ -14,11 +14,16 @@ from capfilt.errors import InputError
 from capfilt.shards import RunDir
 
 LARGEST_AREA_PX = 80_000_000
+LARGEST_UPLOAD_PX = 30_000_000
 THUMBNAIL_PX = 256
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LARGEST_GROUPS = 192 << 20
 """Bytes of row groups that are kept."""
+
+
+_DECODING = threading.BoundedSemaphore(2)
+"""So many pictures are decoded at a time: a large one takes some hundred MB."""
 
 
 class Pictures:
@@ -76,19 +81,25 @@ def _column_of(group: Any, name: str) -> Any:
     raise InputError(f"images/ has no column {name!r}")
 
 
-def shrink(data: bytes, side_px: int) -> bytes | None:
+def shrink(data: bytes, side_px: int, largest_px: int = LARGEST_AREA_PX) -> bytes | None:
     """A picture made small and encoded anew, so that nothing of the original bytes is served.
+
+    Args:
+        data: the encoded picture.
+        side_px: longer side.
+        largest_px: the area from which on it is not decoded.
 
     Returns:
         JPEG bytes, or None where `data` is not a picture or too large to decode.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            if picture.width * picture.height > LARGEST_AREA_PX:
+        with _DECODING, Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            if picture.width * picture.height > largest_px:
                 return None
             picture.draft("RGB", (side_px, side_px))
+            # first small, then turned: turning copies all that is there
+            picture.thumbnail((side_px, side_px))
             small = ImageOps.exif_transpose(picture)
-            small.thumbnail((side_px, side_px))
             if small.mode in ("RGBA", "LA", "P"):
                 layer = small.convert("RGBA")
                 small = Image.new("RGB", layer.size, "white")

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,8 @@ from capfilt.inspect.filters import (
     shard_number,
     would_keep,
 )
-from capfilt.inspect.index import attach, import_duckdb, version_of
-from capfilt.inspect.labels import VERDICTS, Label, LabelStore
+from capfilt.inspect.index import attach, import_duckdb, prints_of, version_of
+from capfilt.inspect.labels import VERDICTS, Label, LabelStore, moment_of
 from capfilt.inspect.pictures import THUMBNAIL_PX, Pictures, shrink
 from capfilt.inspect.precision import pooled, precision_of
 from capfilt.inspect.thresholds import Thresholds, decided_thresholds
@@ -58,6 +58,7 @@ class Page:
         next: cursor of the page after, or None.
         previous: cursor of the page before, or None.
         sampling: what labels given here count as.
+        changed: whether tables of these pairs were made anew since the run was opened.
     """
 
     pairs: list[dict[str, Any]]
@@ -65,6 +66,7 @@ class Page:
     next: str | None
     previous: str | None
     sampling: str
+    changed: bool
 
 
 @dataclass
@@ -77,6 +79,8 @@ class Run:
         shards: names by number, in the order of the rows.
         labels: its label files.
         version: what the pairs were read from, as a digest.
+        prints: what each shard was known by then, from `prints_of`.
+        matchers: digest of the matcher that gave the scores, by shard.
     """
 
     run: RunDir
@@ -84,9 +88,10 @@ class Run:
     shards: list[str]
     labels: LabelStore
     version: str
+    prints: dict[str, list[Any]]
+    matchers: dict[str, str | None]
     _pictures: Pictures
     _thumbnails: "OrderedDict[str, bytes]" = field(default_factory=OrderedDict)
-    _matchers: dict[str, str | None] = field(default_factory=dict)
     _cached: dict[Any, Any] = field(default_factory=dict)
     _kept: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -95,6 +100,18 @@ class Run:
     def close(self) -> None:
         """Lets go of the duckdb file."""
         self.connection.close()
+
+    def changed(self, shards: Collection[str] | None = None) -> bool:
+        """Whether tables were made anew since the run was opened, of some shards or of any."""
+        if shards is None and self.run.shards("scores") != self.shards:
+            return True
+        try:
+            return any(
+                prints_of(self.run, name) != self.prints[name]
+                for name in (self.shards if shards is None else shards)
+            )
+        except InputError:  # a manifest that is being written, or was damaged
+            return True
 
     def _rows(self, sql: str, params: Any = None) -> list[dict[str, Any]]:
         # a cursor of its own for each call: requests run on several threads
@@ -128,6 +145,7 @@ class Run:
             "rules": self.other_rules(),
             "version": self.version,
             "labels": self.label_counts(),
+            "changed": self.changed(),
         }
 
     def thresholds(self) -> Thresholds:
@@ -234,17 +252,35 @@ class Run:
                 f" OR ({value} = $value AND p.row {comparison} $row))"
             )
             order_params |= {"value": sort_value, "row": row}
-        found = self._rows(
-            f"SELECT p.row, {value} AS value FROM {source} WHERE {where}{position} "
-            f"ORDER BY value {direction}, p.row {direction} LIMIT {int(query.limit) + 1}",
-            order_params,
-        )
+
+        def ranked(position: str, direction: str, limit: int) -> list[dict[str, Any]]:
+            return self._rows(
+                f"SELECT p.row, {value} AS value FROM {source} WHERE {where}{position} "
+                f"ORDER BY value {direction}, p.row {direction} LIMIT {limit}",
+                order_params,
+            )
+
+        found = ranked(position, direction, query.limit + 1)
+        if not found and cursor is not None:
+            # all that was there has been reviewed since, say: what is left starts anew
+            return self.page(
+                replace(query, after=None, before=None),
+                thresholds,
+                reviewer,
+                similar,
+                similar_is_picture,
+            )
         more = len(found) > query.limit
         found = found[: query.limit]
         if backwards:
             found.reverse()
         has_next = more if not backwards else True
         has_previous = more if backwards else cursor is not None
+        if has_previous and not backwards and query.review is not None:
+            # the pairs before may have been reviewed since, and are then none of these
+            before = f" AND ({value} < $value OR ({value} = $value AND p.row < $row))"
+            order_params |= {"value": found[0]["value"], "row": found[0]["row"]}
+            has_previous = bool(ranked(before, "ASC", 1))
         pairs = self._cards([row["row"] for row in found], reviewer)
         if similar is not None:
             by_id = dict(similar)
@@ -255,7 +291,9 @@ class Run:
             total,
             _cursor_text(found[-1]) if found and has_next else None,
             _cursor_text(found[0]) if found and has_previous else None,
-            query.sampling,
+            # what a search has found is no sample of the run, in whatever order
+            query.sampling if similar is None else "browse",
+            self.changed({pair["shard"] for pair in pairs}),
         )
 
     def _cards(self, rows: list[int], reviewer: str) -> list[dict[str, Any]]:
@@ -412,7 +450,9 @@ class Run:
         The precision comes from labels: `random` from those given in random order (unbiased, with
         Wilson's 95 % interval), `any` from all of them, which is biased to where people looked.
         Over all, a source weighs as many pairs as would be kept of it, however many of the labels
-        are its own; human pairs, which are kept unseen, weigh nothing.
+        are its own; human pairs, which are kept unseen, weigh nothing. Labels that were given with
+        another matcher are left out, as `calibrate` does (this one may have learnt from them);
+        `other_matcher` says on how many pairs.
         """
         self.refresh_labels()
         would, params = would_keep(thresholds)
@@ -431,10 +471,10 @@ class Run:
         labelled = self._rows(
             f"""
             WITH votes AS (
-                SELECT row, count(*) FILTER (verdict = 'right') AS for_it,
+                SELECT v.row, count(*) FILTER (verdict = 'right') AS for_it,
                        count(*) FILTER (verdict = 'wrong') AS against_it,
                        bool_or(sampling = 'random') AS at_random
-                FROM verdicts GROUP BY row
+                FROM current_verdicts v GROUP BY v.row
             )
             SELECT p.source, v.at_random, count(*) AS pairs,
                    count(*) FILTER (for_it > against_it) AS is_right,
@@ -455,6 +495,10 @@ class Run:
             mine = [row for row in labelled if row["source"] == name]
             result["sources"][name]["precision"] = precision_of(mine)
         result["all"] = {key: sum(row[key] for row in rows) for key in numbers}
+        result["all"]["other_matcher"] = self._rows(
+            "SELECT count(DISTINCT row) AS n FROM verdicts "
+            "WHERE row NOT IN (SELECT row FROM current_verdicts)"
+        )[0]["n"]
         judged = [row for row in labelled if row["source"] != "human"]
         parts = {name: part for name, part in result["sources"].items() if name != "human"}
         result["all"]["precision"] = {"any": precision_of(judged)["any"], "random": pooled(parts)}
@@ -509,7 +553,7 @@ class Run:
         standing = [label for label in self.labels.standing.values() if label.pair in changed]
         with self.connection.cursor() as cursor:
             cursor.execute(
-                "DELETE FROM verdicts WHERE pair IN (SELECT unnest($pairs))",
+                "DELETE FROM placed WHERE pair IN (SELECT unnest($pairs))",
                 {"pairs": sorted(changed)},
             )
             if not standing:
@@ -523,14 +567,22 @@ class Run:
                 "pair": [label.pair for _, label in placed],
                 "reviewer": [label.reviewer for _, label in placed],
                 "verdict": [label.verdict for _, label in placed],
-                "sampling": [label.sampling for _, label in placed],
+                "sampling": [
+                    "random" if self.labels.at_random(label) else label.sampling
+                    for _, label in placed
+                ],
                 "time": [label.time for _, label in placed],
+                "moment": [moment_of(label.time).timestamp() for _, label in placed],
+                "matcher": [label.matcher for _, label in placed],
             }
             unnested = ", ".join(f"unnest(${name})" for name in columns)
-            cursor.execute(f"INSERT INTO verdicts SELECT {unnested}", columns)
+            cursor.execute(f"INSERT INTO placed SELECT {unnested}", columns)
 
     def _rows_of(self, labels: Sequence[Label]) -> dict[Label, int]:
-        """The row of each label: its position if the content is the same, else where it is now."""
+        """The row of each label: its position if the content is the same, else where it is now.
+
+        A label that says nothing of the content is of the pair at its position.
+        """
         rows: dict[Label, int] = {}
         if len(labels) == 1:
             shard = shard_number(labels[0].pair_id, self.shards)
@@ -546,7 +598,7 @@ class Run:
             {"ids": sorted(by_id)},
         ):
             for label in by_id[found["pair_id"]]:
-                if label.uid == found["uid"]:
+                if label.uid in (None, found["uid"]):
                     rows[label] = int(found["row"])
         moved: dict[str, list[Label]] = {}
         for label in labels:
@@ -571,6 +623,15 @@ class Run:
         placed = self._rows("SELECT count(DISTINCT row) AS n FROM verdicts")[0]["n"]
         return {"pairs": placed, "reviewers": reviewers, "skipped_lines": self.labels.skipped}
 
+    def scored_anew(self, pair_id: str) -> bool:
+        """Whether the scores of a pair's shard were made anew since the run was opened."""
+        shard = shard_number(pair_id, self.shards)
+        if shard is None:
+            return False
+        name = self.shards[shard]
+        # the second of `prints_of` is of the scores: other decisions don't change what a label says
+        return bool(prints_of(self.run, name)[1] != self.prints[name][1])
+
     def label_basis(self, pair_id: str) -> dict[str, Any] | None:
         """What a label stores about its pair, or None where there is no such pair."""
         row = self.row_of(pair_id)
@@ -584,15 +645,14 @@ class Run:
             "uid": found["uid"],
             "itm_prob": found["itm"],
             "itc_sim": found["itc"],
-            "matcher": self._matcher(self.shards[found["shard"]]),
+            "matcher": self.matchers[self.shards[found["shard"]]],
         }
 
-    def _matcher(self, shard: str) -> str | None:
-        if shard not in self._matchers:
-            record = manifest.read(self.run, self.run.manifest("scores", shard)) or {}
-            weights = record.get("weights") or {}
-            self._matchers[shard] = weights.get("matcher") or record.get("fingerprint")
-        return self._matchers[shard]
+
+def _matcher_of(run: RunDir, shard: str) -> str | None:
+    """What a label says of the matcher that scored a shard: the digest of its weights."""
+    record = manifest.read(run, run.manifest("scores", shard)) or {}
+    return (record.get("weights") or {}).get("matcher") or record.get("fingerprint")
 
 
 def _cursor_text(row: Mapping[str, Any]) -> str:
@@ -620,7 +680,8 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
             f"{run_dir} has no scores yet, so there is nothing to review: "
             "run `capfilt score CONFIG` or `capfilt run CONFIG` first"
         )
-    version = version_of(run, shards)
+    prints = {name: prints_of(run, name) for name in shards}
+    version = version_of(prints)
     connection = duckdb.connect(":memory:")
     try:
         attach(connection, run, shards, version, may_write)
@@ -628,8 +689,24 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         connection.execute(
-            "CREATE TABLE verdicts (row BIGINT, pair VARCHAR, reviewer VARCHAR, verdict VARCHAR, "
-            "sampling VARCHAR, time VARCHAR)"
+            "CREATE TABLE placed (row BIGINT, pair VARCHAR, reviewer VARCHAR, verdict VARCHAR, "
+            "sampling VARCHAR, time VARCHAR, moment DOUBLE, matcher VARCHAR)"
+        )
+        # a label of the content and one of the position may be about the same pair
+        connection.execute(
+            "CREATE VIEW verdicts AS SELECT * FROM placed QUALIFY row_number() OVER "
+            "(PARTITION BY row, reviewer ORDER BY moment DESC, pair) = 1"
+        )
+        matchers = {name: _matcher_of(run, name) for name in shards}
+        connection.execute(
+            "CREATE TABLE matchers AS SELECT unnest(range($count)) AS shard, "
+            "unnest($matchers) AS matcher",
+            {"count": len(shards), "matchers": list(matchers.values())},
+        )
+        connection.execute(
+            "CREATE VIEW current_verdicts AS SELECT v.* FROM verdicts v "
+            "JOIN run.pairs p ON p.row = v.row JOIN matchers m ON m.shard = p.shard "
+            "WHERE v.matcher IS NULL OR v.matcher = m.matcher"
         )
         connection.execute(
             "CREATE MACRO mix(x) AS "
@@ -643,7 +720,9 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
     except InputError:
         folder = os.path.join(tempfile.mkdtemp(prefix="capfilt-labels-"), "labels")
         log.warning("%s is remote: labels of this review go to %s", run_dir, folder)
-    opened = Run(run, connection, shards, LabelStore(folder), version, Pictures(run))
+    opened = Run(
+        run, connection, shards, LabelStore(folder), version, prints, matchers, Pictures(run)
+    )
     opened.refresh_labels()
     return opened
 

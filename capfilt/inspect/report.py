@@ -39,10 +39,10 @@ from capfilt.inspect.tables import (
 from capfilt.inspect.text import clipped, printable
 from capfilt.inspect.thresholds import Thresholds, decided_thresholds
 from capfilt.manifest import Identity
-from capfilt.schema import REASONS, SOURCES
+from capfilt.schema import REASONS, RULE_REASONS, SOURCES
 from capfilt.shards import RunDir
 
-VERSION = 2
+VERSION = 3
 MODELS = ("pretrain", "captioner", "matcher")
 STAGE_TABLES = ("images", "features", "captions", "scores", "decisions", "export")
 
@@ -80,7 +80,8 @@ def summary(run: RunDir) -> dict[str, Any]:
     Returns:
         `run`, `pairs_in`, `kept`, `dropped`, `books_close` (as many pairs decided as scored),
         `sources` (by source: `in`, `kept`, `dropped`, `kept_share`, `reasons`), `noise_ratios` (by
-        source: `judged` texts, those `filtered` for a score below a threshold, their `share`),
+        source: `judged` texts, those `filtered` for a score below a threshold, their `share`; what
+        a later rule dropped was judged and passed),
         `paper_noise_ratios`, `thresholds` (by source: `itm`, `itc`), `calibration` (what it
         promised, with its `warnings` and its `digest`; None where none decided).
     """
@@ -211,7 +212,8 @@ def _summary(run: RunDir, tally: Tally) -> dict[str, Any]:
         }
         if source != "human":
             filtered = sum(reasons.get(reason, 0) for reason in BELOW_THRESHOLD)
-            judged = kept + filtered
+            # the rules that come after the thresholds drop what has passed these
+            judged = kept + sum(reasons.get(reason, 0) for reason in RULE_REASONS)
             noise[source] = {
                 "judged": judged,
                 "filtered": filtered,

@@ -201,3 +201,58 @@ def test_mismatches_that_score_like_matches_are_not_promised_away(spread, centre
         cfit._logistic(scores, match, np.ones(count))(scores)[kept].mean()
         > 0.03 + match[kept].mean()
     )
+
+
+PICKED = {
+    "near the threshold": lambda pool: -np.abs(pool.itm - 0.5),
+    "near a high one": lambda pool: -np.abs(pool.itm - 0.9),
+    "near one of ITC": lambda pool: -np.abs(pool.itc - 0.2),
+    "of middling sums": lambda pool: -np.abs(10 * pool.itm + 20 * pool.itc - 9),
+    "of most disagreement": lambda pool: np.abs(
+        np.argsort(np.argsort(pool.itm)) - np.argsort(np.argsort(pool.itc))
+    ),
+}
+
+
+@pytest.mark.parametrize("picked", PICKED)
+@pytest.mark.parametrize("score", ["auto", "itm", "itc"])
+def test_scores_without_labels_are_not_promised(picked, score):
+    """Whatever the curve says of them: at the top, fewer may match than near the threshold."""
+    pool, match = web(8000, 0.5)
+    match &= np.random.default_rng(1).random(8000) < np.where(pool.itm > 0.97, 0.5, 1.0)
+    rows = np.argsort(-PICKED[picked](pool))[:400]
+    with pytest.raises(UsageError) as error:
+        fit(reviewed(pool, match, rows), pool, 0.8, score=score)
+    said = str(error.value)
+    assert "no label covers" in said and "count as wrong" in said
+    assert "review about 250 of this source at random" in said
+    if picked.startswith("near the"):
+        assert "(ITM from 0.00" in said and "to 0.999), which" in said and "ask for" not in said
+
+
+def test_labels_at_random_cover_the_pool():
+    pool, match = web(8000, 0.5)
+    for seed, count in enumerate((40, 60, 100, 200, 500) * 20):
+        rows = np.random.default_rng(seed).choice(8000, count, False)
+        covered, told_of = cfit.coverage(reviewed(pool, match, rows), pool)
+        assert covered.all() and told_of["share"] == 0 == told_of["review"]
+    # and so do those of a matcher that gives many pairs the very same score
+    equal = cfit.Pool(np.round(pool.itm), pool.itc, 8000)
+    assert cfit.coverage(reviewed(equal, match, rows), equal)[0].all()
+    assert cfit.coverage(made_up(), pool)[0].all()
+
+
+def test_what_is_not_covered_counts_as_wrong():
+    """Labels near a threshold, with some at random: the more of these, the more is kept."""
+    pool, match = web(8000, 0.5)
+    near, kept = np.argsort(np.abs(pool.itm - 0.5))[:400], []
+    for more in (60, 120, 400):
+        rows = np.union1d(near, np.random.default_rng(0).choice(8000, more, False))
+        part = fit(reviewed(pool, match, rows), pool, 0.85, resamples=40).report["sources"]["web"]
+        found = pool.itm >= part["itm_threshold"] if part["itm_threshold"] else None
+        kept.append(part["kept"])
+        if found is not None:
+            assert match[found].mean() > 0.82
+        assert bool(part["kept_uncovered"]) == any("no label covers" in each for each in part["warnings"])  # fmt: skip
+        assert part["precision_interval"][0] <= part["precision"] <= part["precision_interval"][1]
+    assert kept == sorted(kept) and part["uncovered"]["share"] < 0.01

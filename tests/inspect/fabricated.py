@@ -163,3 +163,31 @@ def add_embeddings(folder: Path, width: int = 8, as_binary: bool = False) -> Non
         identity = Identity("embeddings", 1, {})
         path = run.manifest("embeddings", name)
         manifest.sign(run, path, identity, rows=len(ids), counts={}, seconds=0.0)
+
+
+def add_human(folder: Path, pictures: int = 20) -> None:
+    """Adds a shard of human pairs, scored, as a run has them beside those of the web."""
+    run = RunDir(str(folder))
+    name, random = "human-00000", np.random.default_rng(2)
+    tables: dict[str, list[dict[str, object]]] = {"images": [], "scores": [], "decisions": []}
+    for row in range(pictures):
+        key = f"{name}-{row:05d}"
+        data, text = jpeg(row + 200), f"people wrote this of picture {row}"
+        digest = hashlib.sha256(data).hexdigest()
+        uid = hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
+        pair = {"pair_id": f"{key}/text0", "source": "human"}
+        image = {"key": key, "source": "human", "captions": [text], "status": "success"}
+        image |= {"sha256": digest, "image": data, "width": 48, "height": 48}
+        scores = {"key": key, "caption": text, "uid": uid, "itm_prob": float(random.random())}
+        tables["images"].append({**dict.fromkeys(IMAGES.names), **image})
+        tables["scores"].append({**pair, **scores, "itc_sim": 0.3, "error": None})
+        tables["decisions"].append({**pair, "keep": True, "reason": "kept"})
+    schemas = {"images": IMAGES, "scores": SCORES, "decisions": DECISIONS}
+    for table, rows in tables.items():
+        run.write_table(run.table(table, name), pa.Table.from_pylist(rows, schemas[table]))
+        weights = {"matcher": "f" * 64} if table == "scores" else {}
+        config = {"itm_threshold": 0.5, "itc_threshold": None} if table == "decisions" else {}
+        identity = Identity(table, 1, config, {}, weights)
+        manifest.sign(
+            run, run.manifest(table, name), identity, rows=pictures, counts={}, seconds=0.0
+        )

@@ -309,6 +309,28 @@ def test_labels_go_out_and_in_again(server: Server) -> None:
     assert server.ask("/api/labels/import", b"\xff").status == 400
 
 
+def test_a_label_of_a_position_is_shown_and_an_older_one_is_not(server: Server) -> None:
+    line = {"pair_id": PAIR, "reviewer": "kim", "verdict": "right", "time": "2025-02-01T00:00:00Z"}
+
+    def take_in(**changes: str) -> dict[str, Any]:
+        body = (json.dumps({**line, **changes}) + "\n").encode()
+        assert server.ask("/api/labels/import", body).json["added"] == 1
+        return server.ask(f"/api/pair/{PAIR}", reviewer="kim").json
+
+    uid = take_in()["uid"]
+    assert server.ask("/api/summary").json["labels"]["pairs"] == 1
+    assert take_in(verdict="wrong", time="2025-01-01T00:00:00Z")["verdict"] == "right"
+    # the same reviewer has one verdict on a pair, whether or not a label names the content
+    found = take_in(verdict="unsure", time="2025-03-01T00:00:00Z", uid=uid)
+    assert found["verdict"] == "unsure" and len(found["labels"]) == 1
+    found = take_in(verdict="wrong", time="2025-01-15T00:00:00Z", uid=uid)
+    assert found["verdict"] == "unsure" and len(found["labels"]) == 1
+    # but content that is not there is not taken for what is
+    assert (
+        take_in(verdict="wrong", time="2025-04-01T00:00:00Z", uid="0" * 64)["verdict"] == "unsure"
+    )
+
+
 def test_a_decision_is_saved_as_a_filter_section(server: Server) -> None:
     answer = server.ask(
         "/api/decision", {"name": "../stricter one!", "t_itm": "0.625", "t_itc": "off"}
@@ -398,6 +420,67 @@ def test_search_goes_by_id_text_and_picture(shared: Server) -> None:
     assert shared.ask("/api/pairs", near=PAIR, find="x").status == 400
 
 
+def test_a_corrected_label_stays_in_the_random_sample(server: Server) -> None:
+    shown = server.ask("/api/pairs", order="random", seed="3", source="web", limit="20").json
+    for number, pair in enumerate(shown["pairs"]):
+        verdict = "right" if number % 2 else "wrong"
+        said = {"pair_id": pair["pair_id"], "verdict": verdict, "sampling": "random"}
+        assert server.ask("/api/labels", said).status == 200
+    before = server.ask("/api/threshold", t_itm="off").json["all"]["precision"]["random"]
+    again = server.ask("/api/pairs", review="wrong").json
+    assert again["sampling"] == "browse"
+    for pair in again["pairs"][:4]:
+        said = {"pair_id": pair["pair_id"], "verdict": "right", "sampling": "browse"}
+        assert server.ask("/api/labels", said).status == 200
+    after = server.ask("/api/threshold", t_itm="off").json["all"]["precision"]["random"]
+    judged = before["labels"]
+    assert after["labels"] == judged
+    kept = [
+        pair
+        for pair in again["pairs"][:4]
+        if pair["reason"] not in ("duplicate", "download_failed")
+    ]
+    assert after["precision"] == pytest.approx(before["precision"] + len(kept) / judged)
+    assert kept
+
+
+def sign_again(folder: Path, table: str, **changes: Any) -> None:
+    for path in (folder / table).glob("*.manifest.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_run_that_changed_meanwhile_is_said(server: Server) -> None:
+    folder = Path(server.page.run.run.path)
+    body = {"pair_id": PAIR, "verdict": "right"}
+    assert not server.ask("/api/summary").json["changed"]
+    assert not server.ask("/api/pairs").json["changed"]
+    # other decisions: what a label says stays as it is
+    sign_again(folder, "decisions", finished="2030-01-01T00:00:00Z")
+    assert server.ask("/api/summary").json["changed"]
+    assert server.ask("/api/pairs").json["changed"]
+    assert server.ask("/api/labels", body).status == 200
+    # other scores: a label would be of those that the page still shows
+    sign_again(folder, "scores", fingerprint="e" * 64, weights={"matcher": "e" * 64})
+    answer = server.ask("/api/labels", body)
+    assert answer.status == 409 and "scored anew" in answer.json["error"]
+    assert "start it again" in answer.json["error"]
+    (label,) = read_labels(folder / "labels")
+    assert label.matcher == "f" * 64
+
+
+def test_a_shard_that_went_meanwhile_is_a_change(server: Server) -> None:
+    folder = Path(server.page.run.run.path)
+    (folder / "scores/web-00001.manifest.json").unlink()
+    assert server.ask("/api/summary").json["changed"]
+
+
+def test_what_a_search_finds_is_no_random_sample(shared: Server) -> None:
+    sample = {"order": "random", "seed": "1", "review": "todo"}
+    assert shared.ask("/api/pairs", **sample).json["sampling"] == "random"
+    for near in ({"near": "web-00000-00004"}, {"near_text": "a dog"}):
+        assert shared.ask("/api/pairs", find="image", **near, **sample).json["sampling"] == "browse"
+
+
 def test_without_embeddings_the_page_says_why(server: Server) -> None:
     said = server.ask("/api/summary").json["search"]
     assert not said["available"] and "embeddings/" in said["why_not"]
@@ -429,6 +512,67 @@ def test_a_token_is_asked_for_and_leaves_the_url(tmp_path: Path) -> None:
     finally:
         process.should_exit = True
         page.run.close()
+
+
+@pytest.mark.parametrize("passes_host_on", [True, False])
+@pytest.mark.parametrize(
+    "origin", ["https://review.example.org", "https://review.example.org:8443"]
+)
+def test_a_proxy_with_tls_can_stand_before_it(
+    tmp_path: Path, origin: str, passes_host_on: bool
+) -> None:
+    page = app.open_page(str(make_run(tmp_path / "run", shards=1)), reviewer="ann")
+    started, process = start(page, app.Access("127.0.0.1", "s3cret-token", origin))
+    try:
+        host = origin.removeprefix("https://") if passes_host_on else f"127.0.0.1:{started.port}"
+        redirect = started.ask("/", headers={"host": host}, token="s3cret-token")
+        assert redirect.status == 303 and redirect.headers["location"] == "/"
+        cookie = redirect.headers["set-cookie"]
+        assert "; Secure" in cookie
+        sent = {"host": host, "cookie": cookie.split(";")[0]}
+        assert started.ask("/api/summary", headers=sent).status == 200
+        body = {"pair_id": PAIR, "verdict": "right"}
+        for site, status in (
+            (origin, 200),
+            ("https://evil.example", 403),
+            (origin.replace("https", "http"), 200 if passes_host_on else 403),
+            (f"{origin}.evil.example", 403),
+        ):
+            answer = started.ask("/api/labels", body, {**sent, "origin": site})
+            assert answer.status == status, site
+        foreign = {**sent, "host": "evil.example"}
+        assert started.ask("/api/summary", headers=foreign).status == 421
+        assert started.ask("/api/summary", headers={"host": host}).status == 403
+    finally:
+        process.should_exit = True
+        page.run.close()
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["review.example.org", "ftp://a", "https://", "https://a/b", "https://a@b", "https://["],
+)
+def test_an_origin_is_scheme_and_host(tmp_path: Path, origin: str) -> None:
+    folder = str(make_run(tmp_path / "run", shards=1, pictures=2))
+    with pytest.raises(UsageError, match="--origin"):
+        app.serve(folder, origin=origin, token="s3cret-token", open_browser=False)
+    with pytest.raises(UsageError, match="--token"):
+        app.serve(folder, origin="https://a.example/", open_browser=False)
+
+
+def test_odd_input_is_refused_with_the_guarding_headers(server: Server) -> None:
+    body = {"pair_id": PAIR, "verdict": "right"}
+    line = {**body, "reviewer": "x", "time": "2025-01-01T00:00:00Z"}
+    for answer, status in (
+        (server.ask("/api/labels", body, {"origin": "http://["}), 403),
+        (server.ask("/api/pairs", after="1~" + "9" * 50), 400),
+        (server.ask("/api/labels", b"[" * 100_000), 400),
+        (server.ask("/api/labels/import", b"[" * 100_000), 400),
+        (server.ask("/api/labels/import", {**line, "itm_prob": 10**400}), 400),
+    ):
+        assert answer.status == status and answer.json["error"]
+        assert "content-security-policy" in answer.headers
+    assert not read_labels(server.page.run.run.at("labels"))
 
 
 def test_other_machines_need_a_token(tmp_path: Path) -> None:

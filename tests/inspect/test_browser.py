@@ -238,6 +238,96 @@ def test_next_goes_on_over_the_page_and_back(tab: Any, url: str) -> None:
     assert tab.evaluate("document.activeElement.dataset.pair") == first[-1]
 
 
+def test_going_back_in_a_sample_is_no_dead_end(browser: Any, tmp_path: Path) -> None:
+    address, stop = serve(make_run(tmp_path / "run"))
+    try:
+        tab = browser.new_page()
+        show(tab, f"{address}/?order=random&seed=5&review=todo&source=web")
+        first = names(tab)
+        tab.locator(".card").first.focus()
+        for _ in first:
+            tab.keyboard.press("y")
+            tab.wait_for_timeout(15)
+        until(tab, f"document.querySelector('.card')?.dataset.pair !== '{first[0]}'")
+        said = f"document.querySelector('#label-counts').textContent.startsWith('{len(first)} by')"
+        until(tab, said)
+        tab.keyboard.press("k")
+        total(tab, 60 - len(first))
+        until(tab, "document.querySelectorAll('.card').length > 0")
+        assert not set(first) & set(names(tab))
+        tab.reload()
+        tab.wait_for_selector(".card")
+        tab.close()
+    finally:
+        stop()
+
+
+def test_a_run_that_changed_meanwhile_is_said(browser: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    address, stop = serve(made)
+    try:
+        tab = browser.new_page()
+        show(tab, address)
+        assert tab.locator("#changed").is_hidden()
+        calibrate(made)  # signs the decisions anew
+        tab.keyboard.press("/")
+        tab.keyboard.type("lake")
+        tab.wait_for_selector("#changed", state="visible")
+        assert "start it again" in tab.inner_text("#changed")
+        tab.close()
+    finally:
+        stop()
+
+
+def test_details_that_come_late_are_not_shown_under_another_title(tab: Any, url: str) -> None:
+    show(tab, f"{url}/?source=web&keep=yes")
+    slow, quick = names(tab)[:2]
+
+    def answer(route: Any) -> None:
+        if slow in route.request.url:
+            tab.wait_for_timeout(600)
+        route.continue_()
+
+    tab.route("**/api/pair/**", answer)
+    tab.locator(".card").first.focus()
+    for key in ("Enter", "Escape", "j", "Enter"):
+        tab.keyboard.press(key)
+    tab.wait_for_selector("#details-body .facts")
+    tab.wait_for_timeout(900)
+    assert tab.inner_text("#details-title") == quick
+    shown = tab.locator("#details-body .facts dd").nth(1).inner_text()
+    assert quick.startswith(shown)
+
+
+def test_a_held_key_and_one_on_a_slider_are_no_verdicts(browser: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    address, stop = serve(made)
+    try:
+        tab = browser.new_page()
+        show(tab, f"{address}/?source=web")
+        tab.locator(".card").first.focus()
+        for _ in range(8):
+            tab.keyboard.down("y")  # the second and later are repeats
+        tab.keyboard.up("y")
+        until(tab, "document.querySelector('#label-counts').textContent.startsWith('1 by me')")
+        assert tab.evaluate("document.activeElement.dataset.pair") == names(tab)[1]
+        tab.locator(".plot input").first.focus()
+        for key in ("n", "u", "y"):
+            tab.keyboard.press(key)
+        tab.wait_for_timeout(300)
+        assert len(read_labels(made / "labels")) == 1
+        # and the counts follow the reviewer's name
+        tab.fill("#reviewer", "bob")
+        tab.locator("#reviewer").blur()
+        until(tab, "document.querySelector('#label-counts').textContent.startsWith('0 by me')")
+        tab.fill("#reviewer", "ann")
+        tab.locator("#reviewer").blur()
+        until(tab, "document.querySelector('#label-counts').textContent.startsWith('1 by me')")
+        tab.close()
+    finally:
+        stop()
+
+
 def test_filters_combine_and_live_in_the_url(tab: Any, url: str) -> None:
     show(tab, url)
     total(tab, 114)
@@ -403,6 +493,15 @@ def test_search_by_a_pair_of_the_run(tab: Any, url: str) -> None:
     total(tab, 114)
 
 
+def test_a_sample_ends_the_search(tab: Any, url: str) -> None:
+    show(tab, f"{url}/?near=web-00000-00004&find=image")
+    assert tab.input_value("#near") == "web-00000-00004" and tab.inner_text("#sampling") == ""
+    tab.click("[data-sample=random]")
+    total(tab, 114)
+    assert "random sample" in tab.inner_text("#sampling")
+    assert "near" not in tab.url and tab.input_value("#near") == ""
+
+
 def test_a_phone_needs_no_sideways_scrolling(browser: Any, url: str) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
     tab = context.new_page()
@@ -421,6 +520,41 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, url: str) -> None:
         ".foot button", "buttons => buttons.map((button) => button.getBoundingClientRect().height)"
     )
     assert min(sizes) >= 44
+    context.close()
+
+
+def test_scrolling_past_a_histogram_moves_no_threshold(browser: Any, url: str) -> None:
+    size = {"width": 390, "height": 844}
+    context = browser.new_context(viewport=size, is_mobile=True, has_touch=True)
+    tab = context.new_page()
+    show(tab, url)
+    tab.click("#threshold-box summary")
+    tab.evaluate("document.querySelector('#threshold-box').scrollIntoView()")
+    tab.wait_for_timeout(200)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    slider, touch = tab.locator(".plot input").first, context.new_cdp_session(tab)
+
+    def swipe(x: float, dx: float, dy: float) -> None:
+        box = slider.bounding_box()
+        x, y = box["x"] + x * box["width"], box["y"] + box["height"] / 2
+
+        def send(kind: str, *points: dict[str, float]) -> None:
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+        send("touchStart", {"x": x, "y": y})
+        for step in range(1, 14):
+            send("touchMove", {"x": x + dx * step, "y": y + dy * step})
+            tab.wait_for_timeout(16)
+        send("touchEnd")
+        tab.wait_for_timeout(500)
+
+    top = tab.evaluate("scrollY")
+    swipe(0.25, 0, -12)
+    assert tab.evaluate("scrollY") > top and slider.input_value() == "0.5"
+    assert "t_itm" not in tab.url
+    tab.evaluate("document.querySelector('#threshold-box').scrollIntoView()")
+    swipe(0.5, 5, 0)
+    assert 0.55 < float(slider.input_value()) < 0.8 and "t_itm" in tab.url
     context.close()
 
 

@@ -63,6 +63,31 @@ def test_the_last_verdict_holds_and_undo_brings_the_one_before_back(tmp_path: Pa
     assert len((tmp_path / "ann.jsonl").read_text().splitlines()) == 3
 
 
+def test_an_older_label_that_comes_later_changes_nothing(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path / "labels")
+    new = label(verdict="right", time="2025-02-01T00:00:00Z")
+    old = label(verdict="wrong", time="2025-01-01T00:00:00Z")
+    void = label(verdict="retracted", time="2025-01-02T00:00:00+00:00")
+    for line in (new, old, void):
+        store.import_lines(line.line())
+        store.refresh()
+        assert [each.verdict for each in store.standing.values()] == ["right"]
+    assert [each.verdict for each in read_labels(tmp_path / "labels")] == ["right"]
+    undone = store.undo("ann")
+    assert undone == new
+    store.refresh()
+    assert store.standing == {}  # the older one was void
+    # a verdict from a machine whose clock is ahead can be undone and changed too
+    ahead = label(verdict="wrong", time="2999-01-01T00:00:00Z")
+    store.append(ahead)
+    store.refresh()
+    store.append(label(time=store.time_for("ann", ahead.pair)))
+    store.refresh()
+    assert [each.verdict for each in store.standing.values()] == ["right"]
+    assert store.undo("ann").verdict == "right" and store.refresh()
+    assert [each.verdict for each in store.standing.values()] == ["wrong"]
+
+
 def test_reviewers_have_their_own_files_and_verdicts(tmp_path: Path) -> None:
     store = LabelStore(tmp_path)
     store.append(label(reviewer="ann"))
@@ -73,7 +98,11 @@ def test_reviewers_have_their_own_files_and_verdicts(tmp_path: Path) -> None:
     assert [each.reviewer for each in read_labels(tmp_path)] == ["ann", "bob"]
 
 
-@pytest.mark.parametrize("tail", [b'{"pair_id": "web-0', b"\xff\xfe{", b"{}", b"\x00" * 40])
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"pair_id": "web-0', b"\xff\xfe{", b"{}", b"\x00" * 40, b"[" * 100_000,
+     json.dumps({**label().__dict__, "itm_prob": 10**400}).encode()],
+)  # fmt: skip
 def test_half_a_line_is_skipped_and_closed_by_the_next(
     tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +186,9 @@ def test_export_and_import_are_each_other_s_inverse(tmp_path: Path) -> None:
         (json.dumps({**label().__dict__, "time": "yesterday"}), "'time'"),
         (json.dumps({**label().__dict__, "itm_prob": "high"}), "'itm_prob'"),
         (json.dumps({**label().__dict__, "itm_prob": float("nan")}), "'itm_prob'"),
+        (json.dumps({**label().__dict__, "itm_prob": 10**400}), "'itm_prob'"),
+        (json.dumps({**label().__dict__, "itm_prob": True}), "'itm_prob'"),
+        ("[" * 100_000, "line 2 is not JSON"),
         (json.dumps({**label().__dict__, "sampling": "x"}), "'sampling'"),
         (json.dumps({**label().__dict__, "pair_id": "\ud800"}), "surrogate"),
         (json.dumps({**label().__dict__, "reviewer": "a\nb"}), "control characters"),

@@ -25,7 +25,7 @@ from capfilt.errors import InputError
 from capfilt.inspect import charts, report, tables
 from capfilt.inspect.report import report_identity, summary, write_report
 from capfilt.inspect.tables import Strata, Tally
-from capfilt.schema import TABLES
+from capfilt.schema import DECISIONS, TABLES
 from capfilt.shards import RunDir
 
 MakeRun = Callable[..., RunDir]
@@ -312,6 +312,28 @@ def test_summary_counts(run: RunDir) -> None:
     both = {"itm": 0.5, "itc": None}
     assert facts["thresholds"] == {"web": both, "synthetic": both}
     assert set(facts["paper_noise_ratios"].values()) == {0.25, 0.19}
+
+
+def test_what_a_later_rule_dropped_has_passed_the_threshold(
+    make_run: Callable[..., RunDir], tmp_path: Path, config: Config
+) -> None:
+    run = make_run(tmp_path / "run")
+    later = ("not_best", "expression", "below_top_fraction", "web_text_kept")
+    before = summary(run)["noise_ratios"]
+    for name in run.shards("decisions", ("web",)):
+        path = run.table("decisions", name)
+        rows = pq.read_table(path).to_pylist()
+        for at, row in enumerate(row for row in rows if row["keep"]):
+            if at % 3 == 0:
+                row |= {"keep": False, "reason": later[at // 3 % len(later)]}
+        run.write_table(path, pa.Table.from_pylist(rows, DECISIONS))
+    facts = summary(run)
+    assert facts["noise_ratios"] == before
+    reasons = facts["sources"]["synthetic"]["reasons"]
+    assert set(later) <= set(reasons) and before["synthetic"]["filtered"]
+    html = Path(write_report(run, config)).read_text()
+    told = f"{before['synthetic']['filtered']:,} of {before['synthetic']['judged']:,} judged"
+    assert told in html and "other reasons (a later rule, duplicate" in html
 
 
 @pytest.mark.parametrize(

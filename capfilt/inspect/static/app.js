@@ -16,6 +16,7 @@ let page = null;        // what the server answered last
 let current = 0;        // index of the card that keys act on
 let ahead = null;       // {url, promise}: the next page, fetched while this one is looked at
 let asked = 0;          // number of the latest request for a page
+let looked = 0;         // number of the latest request for details
 let toastTimer = 0;
 let writes = Promise.resolve();   // verdicts are stored one after another
 
@@ -127,6 +128,7 @@ async function load({ focus = null } = {}) {
 
 function show(found, focus) {
   page = found;
+  if (found.changed) $("#changed").hidden = false;
   $("#total").textContent = pairs(found.total);
   $("#sampling").textContent = {
     random: "random sample: labels count for the estimate", threshold: "sample near the threshold",
@@ -298,6 +300,7 @@ function undo() {
 }
 
 function showLabels(labels) {
+  summary.labels = labels;
   const mine = labels.reviewers[reviewer()];
   const total = mine ? VERDICTS.reduce((sum, [name]) => sum + mine[name], 0) : 0;
   const others = Object.keys(labels.reviewers).filter((name) => name !== reviewer()).length;
@@ -314,6 +317,7 @@ function facts(rows) {
 }
 
 async function details(pair) {
+  const mine = ++looked;
   $("#details-title").textContent = pair.pair_id;
   $("#details-body").replaceChildren(make("p", {}, "…"));
   if (!$("#details").open) $("#details").showModal();
@@ -321,6 +325,7 @@ async function details(pair) {
     const query = reviewer() ? `?${new URLSearchParams({ reviewer: reviewer() })}` : "";
     const path = pair.pair_id.split("/").map(encodeURIComponent).join("/");
     const found = await ask(`/api/pair/${path}${query}`);
+    if (mine !== looked) return;   // another pair's were asked for since
     const image = found.image || {};
     const size = (width, height) => (width == null ? null : `${width} × ${height} px`);
     $("#details-body").replaceChildren(
@@ -337,7 +342,7 @@ async function details(pair) {
         facts([[table, `${record.stage}, ${record.finished}`], ["fingerprint", record.fingerprint]]),
         make("pre", { tabindex: "0" }, JSON.stringify({ config: record.config, weights: record.weights, versions: record.versions }, null, 1)))));
   } catch (error) {
-    $("#details-body").replaceChildren(make("p", { role: "alert" }, error.message));
+    if (mine === looked) $("#details-body").replaceChildren(make("p", { role: "alert" }, error.message));
   }
 }
 
@@ -474,6 +479,9 @@ function showThresholds({ thresholds: { web, synthetic }, as_run: asRun, all, so
       ? `Of ${count(any.labels)} labelled pairs that would be kept, ${percent(any.precision)} are right. They are no random `
         + "sample: review a random one for an estimate."
       : "Precision: no labels yet on pairs that would be kept. Review a random sample for an estimate.";
+  if (all.other_matcher) {
+    $("#precision-text").textContent += ` Left out are the labels on ${pairs(all.other_matcher)} that were given with another matcher.`;
+  }
   for (const block of document.querySelectorAll(".histogram")) {
     const numbers = sources[block.dataset.source];
     if (!numbers) continue;
@@ -529,10 +537,16 @@ function clearFilters(keep = []) {
 
 function sample(mode) {
   clearFilters(["source"]);
+  clearSearch();
   state.order = mode;
   state.review = "todo";
   if (mode === "random") state.seed = state.seed || String(Math.floor(Math.random() * 1e6));
   refilter();
+}
+
+function clearSearch() {
+  for (const name of SEARCH) state[name] = "";
+  $("#near-picture").value = $("#near-text").value = $("#near").value = "";
 }
 
 function search(values) {
@@ -574,12 +588,15 @@ function onKey(event) {
   const typing = target.matches("input:not([type=checkbox], [type=radio], [type=range], [type=file]), select, textarea");
   if (typing) { if (event.key === "Escape") target.blur(); return; }
   const arrows = target.matches("input, summary");   // sliders and radios need their arrows
+  const marks = { y: "right", n: "wrong", u: "unsure" };
   const actions = {
     j: () => move(1), k: () => move(-1), z: undo, "?": () => $("#help").showModal(),
     "/": () => { $("#filters-box").open = true; $("#filters").elements.words.focus(); },
-    y: () => { say("right", current); move(1); }, n: () => { say("wrong", current); move(1); },
-    u: () => { say("unsure", current); move(1); },
   };
+  // a key that is held down, or one that meant the slider, is no verdict
+  if (!target.matches("[type=range]")) {
+    for (const [key, verdict] of Object.entries(marks)) actions[key] = () => { say(verdict, current); move(1); };
+  }
   if (!arrows) {
     actions.ArrowRight = actions.j;
     actions.ArrowLeft = actions.k;
@@ -587,9 +604,11 @@ function onKey(event) {
     actions.ArrowUp = () => move(-Math.min(columns(), Math.max(1, current)));
   }
   if (target.matches(".card")) actions.Enter = () => details(page.pairs[current]);
-  const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const action = actions[key];
   if (!action || !page || !summary) return;
   event.preventDefault();
+  if (event.repeat && (key in marks || key === "z")) return;
   action();
 }
 
@@ -639,7 +658,7 @@ function listen() {
     } catch (error) { toast(`Not saved: ${error.message}`); }
   });
   $("#search").addEventListener("submit", (event) => { event.preventDefault(); submitSearch(); });
-  $("#search-clear").addEventListener("click", () => { $("#near-picture").value = $("#near-text").value = $("#near").value = ""; search({}); });
+  $("#search-clear").addEventListener("click", () => { clearSearch(); search({}); });
   $("#import").addEventListener("change", async (event) => {
     const file = event.target.files[0];
     if (!file) return;
@@ -680,6 +699,7 @@ async function start() {
   $("#run-name").textContent = summary.run;
   $("#run-counts").textContent = `${pairs(summary.pairs)}, ${count(summary.pictures)} pictures, ${count(summary.shards)} ${summary.shards === 1 ? "shard" : "shards"}`;
   $("#read-only").hidden = !summary.read_only;
+  if (summary.changed) $("#changed").hidden = false;
   for (const part of ["#reviewer-field", "#import-field", "#save"]) $(part).hidden = summary.read_only;
   if (!reviewer()) $("#reviewer").value = summary.reviewer;
   // the first page was asked for before the reviewer's name was known here
