@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from capfilt import manifest
-from capfilt.config import Config
+from capfilt.config import Config, Human
 from capfilt.errors import InputError, UsageError
 from capfilt.evaluation.calibration import Calibration, write_calibration
 from capfilt.evaluation.calibration_fit import (
@@ -276,18 +276,19 @@ class _MadeUp:
         from capfilt.training.data import take_inventory
         from capfilt.training.swaps import WordSwaps
 
-        inventory = take_inventory(self.run, ("human",))
         images = None
         if pairs is None:
             fraction = self.config.matcher.val_fraction
-            if not fraction:
+            if not fraction or self.config.human is None:
                 raise UsageError(
                     "there are no review labels, and no human pairs that the matcher was not "
                     "trained on (those it was trained on score far better): review pairs with "
                     "`capfilt inspect RUN`, give other human pairs with --pairs FILE, or set "
                     "matcher.val_fraction (0.1, say) and train again"
                 )
+            inventory = take_inventory(self.run, ("human",))
             inventory, held_out = inventory.split(fraction, self.config.seed)
+            learnt_from = inventory.all_captions()
             human = {
                 f"{name}-{row:05d}": captions
                 for name, rows in held_out.shards.items()
@@ -299,9 +300,12 @@ class _MadeUp:
                 row["key"]: [text for text in row["captions"] if text]
                 for row in images.select(["key", "captions"]).to_pylist()
             }
+            learnt_from = [text for texts_ in human.values() for text in texts_]
+            if self.config.human is not None:
+                learnt_from = take_inventory(self.run, ("human",)).all_captions()
         model, tokenizer, _ = model_folder.load(self.run.local("models", "matcher"))
         model = model.to(self.device).eval()
-        swaps = WordSwaps.learn(model, tokenizer, inventory.all_captions())
+        swaps = WordSwaps.learn(model, tokenizer, learnt_from)
         right = [_Asked(key, text, "match") for key, found in human.items() for text in found]
         if len(right) > PICTURES:
             right = [right[i] for i in np.sort(self.random.choice(len(right), PICTURES, False))]
@@ -332,9 +336,8 @@ class _MadeUp:
         """The pictures and texts of a list, as `ingest` reads `human.pairs`."""
         from capfilt.stages.ingest import IngestStage, list_shards
 
-        section = self.config.human.model_copy(
-            update={"pairs": str(pairs), "images": None, "limit": PICTURES}
-        )
+        human = self.config.human or Human(pairs=str(pairs))
+        section = human.model_copy(update={"pairs": str(pairs), "images": None, "limit": PICTURES})
         config = self.config.model_copy(update={"human": section})
         read = IngestStage(config, "human").open("cpu")
         parts = [read(Shard(self.run, name)) for name in list_shards(config, "human")]

@@ -58,11 +58,11 @@ def _check_web(config: Config) -> list[str]:
 
 
 def _check_human(config: Config) -> list[str]:
-    return _check_pictures(config, "human")
+    return [] if config.human is None else _check_pictures(config, "human")
 
 
 def _check_pictures(config: Config, source: Literal["human", "web"]) -> list[str]:
-    from capfilt.stages.ingest import first_pictures, is_inside, list_shards
+    from capfilt.stages.ingest import first_pictures, is_inside, list_shards, section_of
 
     shards = list_shards(config, source)
     folder, paths = first_pictures(config, source, 100)
@@ -80,7 +80,7 @@ def _check_pictures(config: Config, source: Literal["human", "web"]) -> list[str
             f"the first should be {str(folder / inside[0])!r}. Set {source}.images to the folder "
             f"that the paths start from, or {source}.image_column"
         )
-    listed = config.human.pairs if source == "human" else config.web.pairs
+    listed = section_of(config, source).pairs
     return [
         f"{source:<8} {listed}: {len(shards):,} shards; of the first {len(paths)} pictures {there} "
         "are there"
@@ -180,7 +180,7 @@ def _check_run(config: Config) -> list[str]:
 
     run_dir = RunDir(config.run_dir)
     done = total = 0
-    for source in ("web", "human"):
+    for source in config.sources:
         stage: Stage
         try:
             if source == "web" and config.web.urls is not None:

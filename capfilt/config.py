@@ -590,7 +590,8 @@ class Config(_Section):
     """Folder that the run writes to; relative to the working directory."""
     seed: int = Field(0, ge=0)
     """Of every random draw."""
-    human: Human
+    human: Human | None = None
+    """May be left out where nothing is trained: with `pretrain: null` and both `checkpoint`s."""
     web: Web
     demo: Demo | None = None
     download: Download = Download()
@@ -605,6 +606,21 @@ class Config(_Section):
     report: Report = Report()
     device: Literal["auto", "cpu", "cuda", "mps"] = _runtime("auto", "Where models run.")
     threads: Positive | None = _runtime(None, "CPU threads; all cores by default.")
+
+    @property
+    def sources(self) -> tuple[Literal["human", "web"], ...]:
+        """Where the run's pictures come from."""
+        return ("web",) if self.human is None else ("human", "web")
+
+    @model_validator(mode="after")
+    def _people_teach(self) -> "Config":
+        if self.human is None and self._trained():
+            raise ValueError(
+                f"`human` is missing, and {', '.join(self._trained())} would learn from human "
+                "pairs: give them (`human: {pairs: FILE}`), or train nothing: `pretrain: null`, "
+                "`captioner.checkpoint` and `matcher.checkpoint`"
+            )
+        return self
 
     def _trained(self) -> dict[str, Optim]:
         """The sections of the trainings that this run makes."""

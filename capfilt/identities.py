@@ -113,16 +113,19 @@ def identify_finetuning(
     A pair's name is the digest of its picture and text, so the tables that hold them need not be
     part of it.
     """
+    if settings.checkpoint is not None:  # taken as it is, whatever pictures there are
+        deciding: dict[str, Any] = {step: {"checkpoint": settings.checkpoint}}
+        deciding |= _picture_size(config)
+        weights = checkpoint_digest(settings.checkpoint)
+        return Identity(step, 1, deciding, {}, weights)
     own = manifest.deciding_config(settings)
-    deciding: dict[str, Any] = {step: own, "seed": config.seed}
+    deciding = {step: own, "seed": config.seed}
     sources: tuple[str, ...] = ("human",)
     if isinstance(settings, Matcher) and (settings.itm.web_negatives or settings.head_warmup):
         sources = ("human", "web")
-    named = settings.checkpoint or settings.init
-    if named is not None:
-        weights = checkpoint_digest(named)
-        if not config.model.caches_features and config.model.image_size_px is not None:
-            deciding["model"] = {"image_size_px": config.model.image_size_px}
+    if settings.init is not None:
+        weights = checkpoint_digest(settings.init)
+        deciding |= _picture_size(config)
     elif config.pretrain is not None:
         record = manifest.read(run_dir, model_manifest(run_dir, "pretrain"))
         if record is None:
@@ -142,6 +145,13 @@ def identify_finetuning(
     return identify_training(
         step, run_dir, config, sources=sources, deciding=deciding, weights=weights
     )
+
+
+def _picture_size(config: Config) -> dict[str, Any]:
+    """What of the section `model` decides a model that starts from a checkpoint."""
+    if config.model.caches_features or config.model.image_size_px is None:
+        return {}
+    return {"model": {"image_size_px": config.model.image_size_px}}
 
 
 def matcher_verdicts(config: Config) -> dict[str, bool]:

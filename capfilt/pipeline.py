@@ -108,6 +108,7 @@ def run(
         if problem := config.start_problem(step):
             raise ConfigError(problem)
     run_dir = RunDir(config.run_dir)
+    run_dir.local()  # an error at once, where it is remote
     with locked(run_dir) if ranks.is_first() else contextlib.nullcontext():
         return _run_steps(run_dir, config, steps, redo, retry, report)
 
@@ -276,7 +277,7 @@ def _ingest(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.stages.ingest import IngestStage, list_shards
 
     results = []
-    for source in ("human", "web"):
+    for source in config.sources:
         if source == "web" and config.web.pairs is None:
             continue
         stage = IngestStage(config, source)
@@ -313,7 +314,7 @@ def _features(run_dir: RunDir, config: Config, redo: bool, report: Report) -> St
         return None
     from capfilt.stages.features import FeaturesStage
 
-    shards = image_shards(run_dir, config, ("human", "web"))
+    shards = image_shards(run_dir, config, config.sources)
     return _run_tables(FeaturesStage(config.model), run_dir, shards, config, redo, report)
 
 
@@ -506,9 +507,9 @@ def _score(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stage
     from capfilt.stages.score import ScoreStage
 
     folder = Path(run_dir.local("models", "matcher"))
-    image_shards(run_dir, config, ("human", "web"))  # both are there before one is scored
+    image_shards(run_dir, config, config.sources)  # both are there before one is scored
     results = []
-    for source in ("human", "web"):
+    for source in config.sources:
         stage = ScoreStage(config.score, folder, config.model.caches_features, source)
         shards = image_shards(run_dir, config, (source,))
         results.append(_run_tables(stage, run_dir, shards, config, redo, report))
@@ -527,7 +528,7 @@ def _filter(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
     from capfilt.stages.decide import FilterStage
 
     stage = FilterStage(config.filter, run_dir)
-    shards = image_shards(run_dir, config, ("human", "web"))
+    shards = image_shards(run_dir, config, config.sources)
     return _run_tables(stage, run_dir, shards, config, redo, report)
 
 
@@ -563,7 +564,7 @@ def _check_decisions(run_dir: RunDir, config: Config, shards: list[str]) -> None
 def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.stages.export import ExportStage
 
-    shards = image_shards(run_dir, config, ("human", "web"))
+    shards = image_shards(run_dir, config, config.sources)
     _check_decisions(run_dir, config, shards)
     cited = config.filter.calibration
     stage = ExportStage(config.export, None if cited is None else Path(cited))
@@ -573,7 +574,7 @@ def _export(run_dir: RunDir, config: Config, redo: bool, report: Report) -> Stag
 def _report(run_dir: RunDir, config: Config, redo: bool, report: Report) -> StageResult:
     from capfilt.inspect.report import report_identity
 
-    _check_decisions(run_dir, config, image_shards(run_dir, config, ("human", "web")))
+    _check_decisions(run_dir, config, image_shards(run_dir, config, config.sources))
     result = StageResult("report")
     identity = report_identity(run_dir, config)
     path = run_dir.at("report.manifest.json")

@@ -61,8 +61,8 @@ class RunDir:
         """
         if not self.is_local:
             raise InputError(
-                f"run_dir {self.path!r} is remote: training and downloading need a local folder; "
-                "run those stages with a local run_dir and copy it"
+                f"run_dir {self.path!r} is remote: downloads and models need a local folder; set a "
+                "local one, and copy export/ to where it shall be when the run is done"
             )
         return self.at(*parts).removeprefix("file://")
 

@@ -70,7 +70,8 @@ def test_the_smallest_config_has_the_papers_defaults(tmp_path: Path) -> None:
         (MINIMAL + "model:\n  preset: tiny\n", r"model\.preset \(line 7\): .*'small', 'base' or 'large'.*'tiny'"),
         (MINIMAL + "  pairs: x\n", r"web \(line 4\): give exactly one of `urls`"),
         (MINIMAL + "1: x\n", r"1.*(unknown key|string)"),
-        ("run_dir: a\n", r"human: required, and not there\n +web: required, and not there"),
+        ("seed: 1\n", r"run_dir: required, and not there\n +web: required, and not there"),
+        ("run_dir: a\nweb: {urls: x}\n", r"`human` is missing, and pretrain, captioner, matcher would"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_one_message_with_key_line_and_value(

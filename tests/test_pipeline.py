@@ -335,3 +335,9 @@ def test_an_empty_run_folder_has_a_status(tmp_path: Path) -> None:
     found = pipeline.status(Config.model_validate(values))
     assert all(table["shards"] == 0 for table in found["tables"].values())
     assert not RunDir(str(tmp_path / "no")).exists(str(tmp_path / "no"))
+
+
+def test_a_remote_run_folder_is_refused_before_anything_is_done(tiny: Tiny) -> None:
+    tiny.values["run_dir"] = "s3://bucket/run"
+    with pytest.raises(InputError, match=r"'s3://bucket/run' is remote: .* copy export/"):
+        do(tiny, "ingest")

@@ -195,3 +195,40 @@ def test_a_damaged_model_folder_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "capf')
     with pytest.raises(InputError, match=r"config\.json: not JSON"):
         model_folder.load(tmp_path)
+
+
+def test_web_pairs_alone_are_enough_where_nothing_is_trained(
+    run: Tiny, capfilt: Callable[..., Said]
+) -> None:
+    run.values["pretrain"] = None
+    with_human = capfilt("run", run.config)
+    assert with_human.code == 0, with_human.err
+    expected = [row for row in tables(run, "scores") if row["source"] != "human"]
+    del run.values["human"]
+    run.values["run_dir"] = str(run.folder / "web-alone")
+    assert "human" not in capfilt("check", run.config).out
+    said = capfilt("run", run.config)
+    assert said.code == 0, said.err
+    assert sorted(run.run.shards("images")) == sorted(run.run.shards("scores"))
+    assert {name[:3] for name in run.run.shards("images")} == {"web"}
+    assert tables(run, "scores") == expected
+    assert len(tables(run, "decisions")) == 14
+    assert "nothing to do" in capfilt("run", run.config).out
+    report = (run.folder / "web-alone" / "report.html").read_text(encoding="utf-8")
+    assert "synthetic" in report
+    said = capfilt("calibrate", run.config, "--target", "precision=0.9")
+    assert said.code == 2 and "there are no review labels" in said.err
+
+
+def test_a_checkpoint_is_the_same_work_whatever_the_pictures_and_the_training_settings(
+    run: Tiny, capfilt: Callable[..., Said]
+) -> None:
+    assert capfilt("ingest", run.config).code == 0
+    assert capfilt("finetune", "matcher", run.config).code == 0
+    run.values["matcher"]["epochs"] = 3
+    run.values["human"]["limit"] = 2
+    assert capfilt("ingest", run.config, "--redo").code == 0
+    assert "nothing to do" in capfilt("finetune", "matcher", run.config).out
+    run.values["model"]["image_size_px"] = 64
+    said = capfilt("finetune", "matcher", run.config)
+    assert said.code == 2 and "image_size_px" in said.err

@@ -240,14 +240,16 @@ def find_duplicates(run: RunDir, rules: Rules) -> frozenset[str]:
     That is one which the rules over the pair alone leave, if there is any; of several the one of
     the first source of `SOURCE_ORDER`, and of these the first of the run.
 
-    Holds 8 bytes a pair of the run: 0.8 GB for a hundred million; and what is there more than once.
+    Holds 16 bytes a pair of the run, 1.6 GB for a hundred million, and what is there more than
+    once.
     """
     shards = run.shards("scores", ("human",)) + run.shards("scores", ("web",))
     seen: list[np.ndarray] = []
     for name in shards:
         # the first 64 bits of a sha256; candidates are confirmed by the whole uid below
         seen.append(_hashes(Shard(run, name).read("scores", ["uid"])["uid"].drop_null()))
-    hashes = np.sort(np.concatenate(seen)) if seen else np.empty(0, np.uint64)
+    hashes = np.concatenate(seen) if seen else np.empty(0, np.uint64)
+    hashes.sort()
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     wanted = set(repeated.tolist())
     counts: dict[str, tuple[tuple[bool, int], str]] = {}

@@ -1,8 +1,8 @@
 """`download`: the URLs of the web list become `images/`, fetched by img2dataset.
 
-img2dataset works on many shards at once and starts slowly, so it is run once, as a child process,
-for all shards that are pending. What it leaves (one raw Parquet file a shard, bytes as fetched) is
-then checked and put in order shard by shard.
+img2dataset works on many shards at once and starts slowly, so it is run as a child process for
+many pending shards together (`AT_ONCE`). What it leaves (one raw Parquet file a shard, bytes as
+fetched) is then checked and put in order shard by shard.
 """
 
 import json
@@ -33,6 +33,7 @@ from capfilt.stage import Transform, identify, identify_shared
 from capfilt.stages.lists import (
     CAPTION_COLUMNS,
     caption_lists,
+    check_places,
     check_texts,
     find_column,
     read_list,
@@ -51,6 +52,10 @@ from capfilt.stages.pictures import (
 )
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 200_000
+"""Rows of the list that one run of img2dataset fetches, if a shard isn't larger: what it leaves is
+on disk a second time until it is put in order, and nothing is finished before."""
 
 CHILD = """
 import json, os, signal, sys, threading
@@ -108,6 +113,7 @@ def _open_list(config: Config) -> _Input:
     assert web.urls is not None, "download runs only with web.urls"
     table = read_list(web.urls, "web.urls", web.limit)
     url_column = find_column(table, (web.url_column,), web.urls, "web.url_column")
+    check_places(table, url_column, web.urls, "web.url_column")
     wanted = (web.caption_column,) if web.caption_column else CAPTION_COLUMNS
     caption_column = find_column(table, wanted, web.urls, "web.caption_column")
     check_texts(table, caption_column, web.urls, "web.caption_column")
@@ -219,18 +225,19 @@ class _Fetch:
         self.plan = folder / "plan.json"
         self.urls = folder / "urls.parquet"
         self.log = folder / "img2dataset.log"
-        self.ran = False
+        shared = identify_shared(stage, stage.run)
+        self.fingerprint = identify(stage, stage.run, "", shared).fingerprint
+        self.waiting = stage.pending()
 
     def convert(self, shard: Shard) -> pa.Table:
-        """The `images/` table of a shard; fetches it, and all others that are pending, if need be.
+        """The `images/` table of a shard; fetches it, and the pending ones after it, if need be.
 
         Raises:
             PartialError: img2dataset did not finish the shard.
         """
         raw = self._raw_shard(shard.name)
-        if raw is None and not self.ran:
-            self._fetch_pending()
-            self.ran = True
+        if raw is None and shard.name in self.waiting:
+            self._fetch_from(shard.name)
             raw = self._raw_shard(shard.name)
         if raw is None:
             raise PartialError(
@@ -246,10 +253,6 @@ class _Fetch:
             self.urls.unlink(missing_ok=True)
         return table
 
-    def _fingerprint(self) -> str:
-        shared = identify_shared(self.stage, self.stage.run)
-        return identify(self.stage, self.stage.run, "", shared).fingerprint
-
     def _raw_shard(self, shard: str) -> Path | None:
         """The raw file of a shard, if img2dataset finished it under the same identity."""
         try:
@@ -258,16 +261,14 @@ class _Fetch:
         except (OSError, ValueError, KeyError):
             return None
         raw = self.raw / f"{number:05d}.parquet"
-        return raw if _finished(raw) and plan["fingerprint"] == self._fingerprint() else None
+        return raw if _finished(raw) and plan["fingerprint"] == self.fingerprint else None
 
-    def _fetch_pending(self) -> None:
-        """Runs img2dataset over all rows of all pending shards.
-
-        Raises:
-            PartialError: it could not be started or broke off; what it finished is kept.
-        """
+    def _fetch_from(self, shard: str) -> None:
+        """Runs img2dataset over all rows of a pending shard, and of some after it."""
         download = self.stage.settings.download
-        shards = self.stage.pending()
+        begin = self.waiting.index(shard)
+        end = begin + max(1, AT_ONCE // download.shard_size)
+        shards, self.waiting = self.waiting[begin:end], self.waiting[end:]
         self.plan.unlink(missing_ok=True)
         shutil.rmtree(self.raw, ignore_errors=True)
         self.raw.mkdir(parents=True)
@@ -284,7 +285,7 @@ class _Fetch:
             pa.table({"url": [_fetchable(url) for url in urls], "row": numbers}),
             self.urls,
         )
-        plan = {"fingerprint": self._fingerprint(), "shards": shards}
+        plan = {"fingerprint": self.fingerprint, "shards": shards}
         self.plan.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
         log.info(
             "img2dataset fetches %d URLs in %d shards; its log is %s",

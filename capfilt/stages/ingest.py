@@ -18,6 +18,7 @@ from capfilt.stage import Transform
 from capfilt.stages.lists import (
     CAPTION_COLUMNS,
     caption_lists,
+    check_places,
     check_texts,
     find_column,
     read_list,
@@ -85,17 +86,26 @@ def first_pictures(config: Config, source: Source, count: int) -> tuple[Path, li
     ]
 
 
-def _section(config: Config, source: Source) -> Human | Web:
-    return config.human if source == "human" else config.web
+def section_of(config: Config, source: Source) -> Human | Web:
+    """The config's section of a source.
+
+    Raises:
+        InputError: the run has no human pairs.
+    """
+    section = config.human if source == "human" else config.web
+    if section is None:
+        raise InputError("human: not set, so there are no human pairs")
+    return section
 
 
 def _open_list(config: Config, source: Source) -> _Input:
-    section = _section(config, source)
+    section = section_of(config, source)
     if section.pairs is None:
         raise InputError(f"{source}.pairs: not set, so there is nothing to ingest")
     path = section.pairs
     table = read_list(path, f"{source}.pairs", section.limit)
     image_column = find_column(table, (section.image_column,), path, f"{source}.image_column")
+    check_places(table, image_column, path, f"{source}.image_column")
     wanted = (section.caption_column,) if section.caption_column else CAPTION_COLUMNS
     caption_column = find_column(table, wanted, path, f"{source}.caption_column")
     check_texts(table, caption_column, path, f"{source}.caption_column")
@@ -145,7 +155,7 @@ class IngestStage:
     @property
     def config(self) -> IngestConfig:
         """What decides the output: the columns, and what is taken of the pictures."""
-        section = _section(self.settings, self.source)
+        section = section_of(self.settings, self.source)
         download = self.settings.download
         return IngestConfig(
             image_column=section.image_column,
@@ -159,7 +169,7 @@ class IngestStage:
 
     def weights(self) -> dict[str, Path]:
         """The list: its digest is part of the identity."""
-        pairs = _section(self.settings, self.source).pairs
+        pairs = section_of(self.settings, self.source).pairs
         return {"pairs": Path(pairs)} if pairs is not None else {}
 
     def citation(self) -> dict[str, Any]:

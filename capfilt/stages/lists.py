@@ -259,6 +259,21 @@ def text_column(table: pa.Table, column: str) -> list[str | None]:
     return [value if value is None else str(value) for value in values]
 
 
+def check_places(table: pa.Table, column: str, path: str, yaml_key: str) -> None:
+    """Sees that a column can hold URLs or paths.
+
+    Raises:
+        InputError: it holds something else, such as the pictures themselves.
+    """
+    kind = table.schema.field(column).type
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        raise InputError(
+            f"{path}: column {column!r} holds {str(kind)[:60]}, expected URLs or paths as text. "
+            f"Set {yaml_key} to another column; pictures in the list itself are not read, write "
+            "them to files first"
+        )
+
+
 def check_texts(table: pa.Table, column: str, path: str, yaml_key: str) -> None:
     """Sees that a column holds text or lists of text.
 

@@ -224,6 +224,29 @@ def test_a_crash_keeps_what_was_finished_and_the_next_run_goes_on(fake: Path) ->
     assert len(table(settings)) == 9
 
 
+def test_some_shards_are_fetched_at_once_and_finished_before_the_next(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "AT_ONCE", 7)  # two shards of 3
+    write_csv(fake / "urls.csv", [(f"http://h/good.png?{i}", str(i)) for i in range(14)])
+    settings = config(fake, shard_size=3)
+    finished: list[int] = []
+    fetch_raw = download._fetch_raw
+
+    def watched(*arguments: Any) -> None:
+        finished.append(len(list((fake / "run/images").glob("*.manifest.json"))))
+        fetch_raw(*arguments)
+
+    monkeypatch.setattr(download, "_fetch_raw", watched)
+    assert run(settings).done == 5
+    assert finished == [0, 2, 4]
+    assert [row["captions"] for row in table(settings)] == [[str(i)] for i in range(14)]
+    assert not (fake / "run/download/raw").exists()
+    # one shard that went missing in the middle is fetched alone
+    (fake / "run/images/web-00002.manifest.json").unlink()
+    assert (run(settings).done, len(finished)) == (1, 4)
+
+
 def test_raw_shards_of_a_killed_run_are_used_unless_the_config_changed(fake: Path) -> None:
     write_csv(fake / "urls.csv", [("http://h/good.png", str(i)) for i in range(8)])
     settings = config(fake)
@@ -231,7 +254,7 @@ def test_raw_shards_of_a_killed_run_are_used_unless_the_config_changed(fake: Pat
     raw = fake / "run/download"
     fetch = download._Fetch(stage, download._open_list(settings), raw)
     raw.mkdir(parents=True)
-    fetch._fetch_pending()
+    fetch._fetch_from("web-00000")
     assert len(calls(fake)) == 1
     other = config(fake, timeout_s=11)
     run(other)

@@ -231,3 +231,16 @@ def test_books_close(
     assert keys == sorted(set(keys))
     assert [row["captions"] for row in got] == [[str(i)] for i in range(len(names))]
     assert [row["reason"] is None for row in got] == [name == "a.png" for name in names]
+
+
+def test_pictures_in_the_list_itself_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "hub.parquet"
+    rows = [{"image": {"bytes": b"\x89PNG", "path": None}, "caption": "a dog"}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    settings = Config.model_validate(
+        {"run_dir": str(tmp_path / "run"), "human": {"pairs": str(path)}, "web": {"urls": "x"}}
+    )
+    with pytest.raises(
+        InputError, match=r"column 'image' holds struct<.*write them to files first"
+    ):
+        list_shards(settings, "human")
