@@ -452,7 +452,7 @@ def sign_again(folder: Path, table: str, **changes: Any) -> None:
 def test_a_run_that_changed_meanwhile_is_said(server: Server) -> None:
     folder = Path(server.page.run.run.path)
     body = {"pair_id": PAIR, "verdict": "right"}
-    assert not server.page.run.changed() and not server.ask("/api/pairs").json["changed"]
+    assert not server.page.run.changed()
     # other decisions: what a label says stays as it is
     config = {"itm_threshold": 0.9, "itc_threshold": None}
     sign_again(folder, "decisions", finished="2030-01-01T00:00:00Z", config=config)
