@@ -667,6 +667,7 @@ function listen() {
       showLabels(answer.labels);
       toast(`Imported ${count(answer.added)} labels; ${count(answer.present)} were there already.`);
       load();
+      tryThresholds();
     } catch (error) { toast(`Not imported: ${error.message}`); }
     event.target.value = "";
   });
