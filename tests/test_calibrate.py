@@ -255,17 +255,17 @@ def test_labels_of_another_source_promise_nothing(tmp_path: Path, capfilt):
     review(tmp_path / "run" / "labels", others, 8)
     said = capfilt("calibrate", config_file(tmp_path / "run"), "--target", "precision=0.9")
     assert said.code == 0, said.err
-    told = "synthetic texts: only 8 labels are of these texts, so no threshold is chosen"
+    told = "synthetic texts: too few labels are of these texts (8), so no threshold is chosen"
     assert f"warning: {told}" in said.out
     path = tmp_path / "run" / "calibration.json"
     stored = json.loads(path.read_text())
     assert stored["sources"]["synthetic"]["threshold"] is None
     assert stored["sources"]["web"]["threshold"] is not None
     assert [each for each in stored["report"]["warnings"] if each.startswith(told)]
-    assert "only 8 labels" in path.with_suffix(".html").read_text()
+    assert "too few labels" in path.with_suffix(".html").read_text()
     # where the own labels don't reach it either, that is said too
     said = capfilt("calibrate", config_file(tmp_path / "run"), "--target", "precision=0.999999")
-    assert said.code == 2 and "synthetic texts have only 8 labels of their own" in said.err
+    assert said.code == 2 and "synthetic texts have too few labels of their own (8)" in said.err
     # too few of each source, though enough in all
     review(tmp_path / "split", web_texts, 30)
     review(tmp_path / "split", others, 30)

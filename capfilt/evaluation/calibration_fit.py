@@ -199,7 +199,7 @@ def calibrate(
 def _out_of_reach(target: float, reports: dict[str, Any]) -> str:
     """The message where no source reaches the precision."""
     lent = [
-        f"; {name} texts have only {part['own_labels']} labels of their own"
+        f"; {name} texts have too few labels of their own ({part['own_labels']})"
         for name, part in reports.items()
         if part["own_labels"] is not None
     ]

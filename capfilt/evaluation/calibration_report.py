@@ -53,9 +53,9 @@ def warnings_of(
     uncovered = found.get("uncovered") or {"share": 0.0}
     if found.get("own_labels") is not None:
         return [
-            f"only {found['own_labels']} labels are of these texts, so no threshold is chosen and "
-            "none of them are kept (the figures below are by the labels of all sources); review "
-            "more of them at random"
+            f"too few labels are of these texts ({found['own_labels']}), so no threshold is chosen "
+            "and none of them are kept; what is said of them goes by the labels of all sources; "
+            "review more of them at random"
         ]
     if found["threshold"] is None:
         none = (

@@ -723,6 +723,7 @@ def open_run(run_dir: str, *, may_write: bool = True) -> Run:
     opened = Run(
         run, connection, shards, LabelStore(folder), version, prints, matchers, Pictures(run)
     )
+    opened._decided_with()  # now: later it may be that of other decisions than were read
     opened.refresh_labels()
     return opened
 

@@ -31,7 +31,7 @@ def test_every_reason_to_doubt_is_told():
         "none of them are kept; the best that the labels bear out is 90.0%"
         in said(threshold=None, best_precision=0.9)[0]
     )
-    assert "only 8 labels are of these texts" in said(threshold=None, own_labels=8)[0]
+    assert "too few labels are of these texts (8)" in said(threshold=None, own_labels=8)[0]
     bare = {"share": 0.25, "where": "ITM from 0.500 to 1.000", "review": 120}
     told_of = "no label covers 25.0% of the pairs (ITM from 0.500 to 1.000)"
     assert said(uncovered=bare, kept_uncovered=0.0) == []

@@ -452,11 +452,14 @@ def sign_again(folder: Path, table: str, **changes: Any) -> None:
 def test_a_run_that_changed_meanwhile_is_said(server: Server) -> None:
     folder = Path(server.page.run.run.path)
     body = {"pair_id": PAIR, "verdict": "right"}
-    assert not server.ask("/api/summary").json["changed"]
-    assert not server.ask("/api/pairs").json["changed"]
+    assert not server.page.run.changed()
     # other decisions: what a label says stays as it is
-    sign_again(folder, "decisions", finished="2030-01-01T00:00:00Z")
-    assert server.ask("/api/summary").json["changed"]
+    config = {"itm_threshold": 0.9, "itc_threshold": None}
+    sign_again(folder, "decisions", finished="2030-01-01T00:00:00Z", config=config)
+    found = server.ask("/api/summary").json
+    assert found["changed"]
+    # the thresholds are those of the decisions that were read
+    assert found["thresholds"]["web"]["itm"] == 0.5
     assert server.ask("/api/pairs").json["changed"]
     assert server.ask("/api/labels", body).status == 200
     # other scores: a label would be of those that the page still shows

@@ -478,6 +478,29 @@ def test_labels_are_imported_and_other_reviewers_shown(browser: Any, tmp_path: P
         stop()
 
 
+def test_labels_of_another_matcher_are_said_to_be_left_out(browser: Any, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    rows = Shard(RunDir(str(made)), "web-00001").read("scores").to_pylist()
+    said = {"verdict": "right", "time": "2025-01-31T12:00:00Z", "sampling": "random"}
+    lines = [
+        Label(row["pair_id"], row["uid"], reviewer="zoe", matcher="0" * 64, **said).line() + "\n"
+        for row in rows[:6]
+    ]
+    address, stop = serve(made)
+    try:
+        tab = browser.new_page()
+        show(tab, address)
+        data = "".join(lines).encode()
+        file = {"name": "l.jsonl", "mimeType": "text/plain", "buffer": data}
+        tab.set_input_files("#import", file)
+        told = "Left out are the labels on 6 pairs that were given with another matcher."
+        until(tab, f"document.querySelector('#precision-text').textContent.endsWith('{told}')")
+        assert "no labels yet" in tab.inner_text("#precision-text")
+        tab.close()
+    finally:
+        stop()
+
+
 def test_search_by_a_pair_of_the_run(tab: Any, url: str) -> None:
     show(tab, f"{url}/?key=web-00000-00004/text0")
     tab.locator(".card .picture").click()

@@ -477,7 +477,7 @@ function showThresholds({ thresholds: { web, synthetic }, as_run: asRun, all, so
       + `(95 % interval ${percent(random.low)} to ${percent(random.high)}; ${count(random.unsure)} unsure left out).`
     : any.labels
       ? `Of ${count(any.labels)} labelled pairs that would be kept, ${percent(any.precision)} are right. They are no random `
-        + "sample: review a random one for an estimate."
+        + "sample and say nothing of the others: review a random one for an estimate."
       : "Precision: no labels yet on pairs that would be kept. Review a random sample for an estimate.";
   if (all.other_matcher) {
     $("#precision-text").textContent += ` Left out are the labels on ${pairs(all.other_matcher)} that were given with another matcher.`;
@@ -667,6 +667,7 @@ function listen() {
       showLabels(answer.labels);
       toast(`Imported ${count(answer.added)} labels; ${count(answer.present)} were there already.`);
       load();
+      tryThresholds();
     } catch (error) { toast(`Not imported: ${error.message}`); }
     event.target.value = "";
   });
