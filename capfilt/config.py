@@ -679,7 +679,7 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
-    def _image_towers_can_do_it(self) -> "Config":
+    def _each_training_can_be_made(self) -> "Config":
         small = self.model.preset == "small"
         for name, section in self._trained().items():
             if small and not section.freeze_image:
@@ -692,11 +692,6 @@ class Config(_Section):
                     f"`{name}.image_dropout` blanks cached features, which `model.preset: "
                     f"{self.model.preset}` has none of; leave it out"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _validation_stops_them(self) -> "Config":
-        for name, section in self._trained().items():
             if section.patience is not None and not getattr(section, "val_fraction", 0):
                 raise ValueError(
                     f"`{name}.patience` needs a validation: "
@@ -706,16 +701,10 @@ class Config(_Section):
                         else f"set `{name}.val_fraction` (0.05, say)"
                     )
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _queues_hold_a_batch(self) -> "Config":
-        for name, section in self._trained().items():
-            if isinstance(section, Pretrain | Matcher) and (
-                0 < section.itc.queue_size < section.batch_size
-            ):
+            queue_size = section.itc.queue_size if isinstance(section, Pretrain | Matcher) else 0
+            if 0 < queue_size < section.batch_size:
                 raise ValueError(
-                    f"`{name}.itc.queue_size: {section.itc.queue_size}` is less than a batch "
+                    f"`{name}.itc.queue_size: {queue_size}` is less than a batch "
                     f"({section.batch_size}): set a multiple of it, or 0"
                 )
         return self
