@@ -12,7 +12,7 @@ import typer.main
 import yaml
 
 from capfilt import cli
-from capfilt.config import Config
+from capfilt.config import Config, load
 from capfilt.schema import contract_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,9 +160,17 @@ def test_a_command_of_the_readme(line: str) -> None:
     context = command.make_context(words[0], list(rest), resilient_parsing=False)
     config = context.params.get("config")
     if config is not None and str(config).startswith("pipelines/"):
-        from capfilt.config import load
-
         load(ROOT / config, tuple(context.params.get("overrides") or ()))
+
+
+def test_a_shipped_pipeline_takes_lists_of_ones_own() -> None:
+    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^capfilt run (pipelines/\S+) (--set .*human\.pairs=.*)$", text, re.M)
+    assert len(found) == 1
+    config, options = found[0]
+    loaded = load(ROOT / config, tuple(shlex.split(options)[1::2]))
+    assert loaded.human is not None and loaded.human.pairs == "data/human.jsonl"
+    assert (loaded.web.pairs, loaded.run_dir) == ("data/web.jsonl", "runs/mine")
 
 
 def test_the_yaml_blocks_are_configs() -> None:
