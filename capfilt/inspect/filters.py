@@ -55,7 +55,8 @@ class Query:
         words: each must be in the text, in any case.
         shard: name of a shard.
         key: of a picture, or its beginning.
-        review: `todo` (no verdict of this reviewer), `mine`, `labelled`, `disputed`, or a verdict.
+        review: `todo` (no verdict of this reviewer, in a random sample none that was given there),
+            `mine`, `labelled`, `disputed`, or a verdict.
         changes: pairs that the thresholds would change: `joins`, `leaves`, `any`.
         order: one of `ORDERS`.
         descending: turns the order round.
@@ -280,7 +281,13 @@ def conditions(
         parts.append(sides[query.changes])
     if query.review in ("todo", "mine"):
         negated = "NOT " if query.review == "todo" else ""
-        parts.append(f"p.row {negated}IN (SELECT row FROM verdicts WHERE reviewer = $reviewer)")
+        drawn = ""
+        if query.review == "todo" and query.sampling == "random":
+            # what was picked for its score comes again: without it the sample would be biased
+            drawn = " AND sampling = 'random'"
+        parts.append(
+            f"p.row {negated}IN (SELECT row FROM verdicts WHERE reviewer = $reviewer{drawn})"
+        )
         params["reviewer"] = reviewer
     elif query.review == "labelled":
         parts.append("p.row IN (SELECT row FROM verdicts)")

@@ -395,6 +395,12 @@ def test_labels_follow_the_content_and_estimate_the_precision(tmp_path: Path) ->
     assert result["random"]["sources"] == ["web"]
     assert len(everything(opened, Query(review="mine"))) == 20
     assert len(everything(opened, Query(review="todo"))) == 94
+    # what was picked by its score comes again in a random sample, which would be biased without it
+    sample = Query(order="random", seed=3, review="todo", source="web")
+    left = [pair["pair_id"] for pair in everything(opened, sample)]
+    picked = [pair["pair_id"] for number, pair in enumerate(pairs[:20]) if number % 2 == 0]
+    drawn = [pair["pair_id"] for number, pair in enumerate(pairs[:20]) if number % 2]
+    assert set(picked) <= set(left) and not set(drawn) & set(left)
     assert len(everything(opened, Query(review="wrong"))) == 5
     # a label of other content under the same id is not this pair's
     basis = opened.label_basis(pairs[20]["pair_id"])
@@ -422,7 +428,10 @@ def test_a_page_that_was_reviewed_meanwhile_is_no_dead_end(tmp_path: Path) -> No
         for pair in pairs:
             basis = opened.label_basis(pair["pair_id"])
             assert basis is not None
-            opened.labels.append(Label(**basis, verdict="right", reviewer="ann", time=utc_now()))
+            given = Label(
+                **basis, verdict="right", reviewer="ann", time=utc_now(), sampling=query.sampling
+            )
+            opened.labels.append(given)
 
     def page(**place: str) -> queries.Page:
         (name,) = place
