@@ -143,10 +143,7 @@ def train(
             finite = math.isfinite(values["loss"])
             if finite:
                 ranks.average_gradients(model.parameters())
-                norm = torch.nn.utils.clip_grad_norm_(
-                    model.parameters(), config.clip_grad_norm or math.inf
-                )
-                finite = math.isfinite(float(norm))
+                finite = math.isfinite(_clipped_norm(model, config.clip_grad_norm))
             if not finite:  # a step now would leave nothing but NaN in the weights
                 own_values = dict(zip(sums, own.tolist(), strict=True))
                 last = checkpoint.last_checkpoint(checkpoints, fingerprint)
@@ -210,6 +207,14 @@ def train(
         "seconds": round(time.perf_counter() - began, 2),
         **({"best": best} if best else {}),
     }
+
+
+def _clipped_norm(model: MED, limit: float | None) -> float:
+    """The gradient's norm; where there is a limit, the gradient is scaled down to it."""
+    if limit is not None:
+        return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def slices(batch: Batch, count: int) -> list[Batch]:
