@@ -28,7 +28,7 @@ from capfilt.models import folder as model_folder
 from capfilt.models.med import MED
 from capfilt.training import objectives
 from capfilt.training.data import Batch
-from capfilt.training.optim import build_optimizer
+from capfilt.training.optim import build_optimizer, gradient_norm
 from capfilt.training.pretrain import pretrain_losses
 
 WORDS = ["man", "woman", "dog", "street", "water", "field", "ball", "shirt", "red", "black"]
@@ -123,6 +123,7 @@ def step_of(preset: str, rows: int, device: str, precision: str) -> Callable[[],
                 easy_steps=0, device=device,
             )  # fmt: skip
         losses["loss"].backward()
+        gradient_norm(model, None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

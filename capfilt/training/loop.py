@@ -30,6 +30,7 @@ from capfilt.training.optim import (
     AveragedWeights,
     build_optimizer,
     freeze_layers,
+    gradient_norm,
     set_learning_rate,
 )
 
@@ -143,7 +144,7 @@ def train(
             finite = math.isfinite(values["loss"])
             if finite:
                 ranks.average_gradients(model.parameters())
-                finite = math.isfinite(_clipped_norm(model, config.clip_grad_norm))
+                finite = math.isfinite(gradient_norm(model, config.clip_grad_norm))
             if not finite:  # a step now would leave nothing but NaN in the weights
                 own_values = dict(zip(sums, own.tolist(), strict=True))
                 last = checkpoint.last_checkpoint(checkpoints, fingerprint)
@@ -207,14 +208,6 @@ def train(
         "seconds": round(time.perf_counter() - began, 2),
         **({"best": best} if best else {}),
     }
-
-
-def _clipped_norm(model: MED, limit: float | None) -> float:
-    """The gradient's norm; where there is a limit, the gradient is scaled down to it."""
-    if limit is not None:
-        return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def slices(batch: Batch, count: int) -> list[Batch]:

@@ -145,3 +145,11 @@ def cosine_batches(
             order = rng.permutation(rows).tolist()
         batch, order = order[:size], order[size:]
         yield batch
+
+
+def gradient_norm(model: nn.Module, limit: float | None) -> float:
+    """The gradient's norm; where there is a limit, the gradient is scaled down to it."""
+    if limit is not None:
+        return float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(nn.utils.get_total_norm(gradients))
