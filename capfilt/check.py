@@ -113,12 +113,7 @@ def _check_trainings(config: Config) -> list[str]:
 
 def _check_weights(config: Config) -> list[str]:
     found = []
-    trained = [
-        name
-        for name, section in (("captioner", config.captioner), ("matcher", config.matcher))
-        if section.checkpoint is None and section.init is None
-    ]
-    if config.pretrain is not None or trained or config.model.caches_features:
+    if config.fresh_trainings() or config.model.caches_features:
         for name, digest in start_weights(config).items():
             found.append(f"weights  {name} {digest[:16]}")
     for key, value in (

@@ -164,6 +164,12 @@ class Model(_Section):
         """Whether a run computes image features once: the small preset's tower is frozen."""
         return self.preset == "small"
 
+    @property
+    def found_in_data(self) -> list[str]:
+        """Those of the options that are on of which `head_warmup` finds what they need."""
+        names = ("pooled_components", "grid_components", "itm_bank", "itm_words")
+        return [name for name in names if getattr(self, name)]
+
     @model_validator(mode="after")
     def _small_preset_only(self) -> "Model":
         given = {
@@ -630,8 +636,8 @@ class Config(_Section):
                 found[name] = section
         return found
 
-    def _fresh(self) -> dict[str, Optim]:
-        """Those of them that start from the preset's own parts."""
+    def fresh_trainings(self) -> dict[str, Optim]:
+        """The sections of the trainings that start from the preset's own parts."""
         if self.pretrain is not None:
             return {"pretrain": self.pretrain}
         return {
@@ -646,7 +652,7 @@ class Config(_Section):
         Args:
             step: `pretrain`, `captioner` or `matcher`; one that starts elsewhere has no problem.
         """
-        section = self._fresh().get(step)
+        section = self.fresh_trainings().get(step)
         if section is None:
             return None
         model = self.model
@@ -656,8 +662,8 @@ class Config(_Section):
                 f"{model.preset}`: random weights would stay so. Set `model.image_weights` "
                 f"to a ViT, or `{step}.freeze_image: false`"
             )
-        for name in ("pooled_components", "grid_components", "itm_bank", "itm_words"):
-            if getattr(model, name) and step == "captioner":
+        for name in model.found_in_data:
+            if step == "captioner":
                 return (
                     f"`model.{name}` is found in the data by `head_warmup`, and a captioner "
                     "without pretraining has none: set `pretrain` or `captioner.init`, or leave "
@@ -668,10 +674,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _head_warmup_finds_them(self) -> "Config":
         """What `head_warmup` finds in the data must be found where training starts."""
-        for name in ("pooled_components", "grid_components", "itm_bank", "itm_words"):
-            for where, section in self._fresh().items():
-                lacking = isinstance(section, Pretrain | Matcher) and section.head_warmup is None
-                if getattr(self.model, name) and lacking:
+        for name in self.model.found_in_data:
+            for where, section in self.fresh_trainings().items():
+                if isinstance(section, Pretrain | Matcher) and section.head_warmup is None:
                     raise ValueError(
                         f"`model.{name}` is found in the data by `{where}.head_warmup`, which is "
                         f"not set; write `{where}: {{head_warmup: {{}}}}`"

@@ -56,11 +56,9 @@ def _made_shards(run_dir: RunDir, config: Config, source: str, signed: list[str]
         return numbered_shards(source, max(counts))
     # a run folder of before manifests said so: the list does, while it is there
     try:
-        if source == "human":
-            return ingest.list_shards(config, "human")
-        if config.web.urls is None:
-            return ingest.list_shards(config, "web")
-        return download.list_shards(config)
+        if source == "web" and config.web.urls is not None:
+            return download.list_shards(config)
+        return ingest.list_shards(config, "human" if source == "human" else "web")
     except InputError:
         return signed
 

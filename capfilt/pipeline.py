@@ -170,9 +170,6 @@ def _run_tables(
 ) -> StageResult:
     """Runs a stage over its shards, once nothing of an older and longer run lies among them."""
 
-    def progress(result: StageResult, done: int, total: int) -> None:
-        report(Update(stage.name, done, total, "shards", note_of(result)))
-
     def device() -> str:
         # what opens no model must not wait for torch
         opens_model = stage.table in ("features", "captions", "scores", "embeddings")
@@ -181,7 +178,13 @@ def _run_tables(
     clear_leftovers(stage, run_dir, shards, replace=redo or stage.cheap)
     if shards:
         report(Update(stage.name, 0, len(shards), "shards"))
+    progress = _reported(stage.name, report)
     return run_stage(stage, run_dir, shards, device=device, redo=redo, progress=progress)
+
+
+def _reported(step: str, report: Report) -> Callable[[StageResult, int, int], None]:
+    """What tells of each shard that a stage has finished."""
+    return lambda result, done, total: report(Update(step, done, total, "shards", note_of(result)))
 
 
 def note_of(result: StageResult) -> str:
@@ -265,10 +268,7 @@ def retry_failed(config: Config, report: Report = _ignore) -> StageResult:
     shards = failed_shards(config)
     run_dir = RunDir(config.run_dir)
     stage = DownloadStage(run_dir, config, shards)
-
-    def progress(result: StageResult, done: int, total: int) -> None:
-        report(Update(stage.name, done, total, "shards", note_of(result)))
-
+    progress = _reported(stage.name, report)
     with _demo_server(config, needed=bool(shards)):
         return run_stage(stage, run_dir, list(shards), again=True, progress=progress)
 

@@ -143,20 +143,21 @@ def load_checkpoint(
         raise InputError(f"{key}: {error}") from None
     own, cached = found[0].config, preset_config(config)
     if small and any(getattr(own, name) != getattr(cached, name) for name in _TOWER):
-        reads = [
-            ", ".join(f"{name} {getattr(shape, name)}" for name in _TOWER[: 2 if vit else None])
-            for shape, vit in ((own, own.image_tower == "vit"), (cached, False))
-        ]
         advice = (
             f"set model.preset: base and model.image_size_px: {own.image_size_px}"
             if own.image_tower == "vit"
             else "set model.lite, model.lite_levels and model.image_size_px as it has them"
         )
         raise ConfigError(
-            f"{key}: {name_or_folder} reads pictures by {reads[0]}, and the features that this "
-            f"run caches are by {reads[1]}; {advice}"
+            f"{key}: {name_or_folder} reads pictures by {_tower_text(own)}, and the features that "
+            f"this run caches are by {_tower_text(cached)}; {advice}"
         )
     return found
+
+
+def _tower_text(shape: MEDConfig) -> str:
+    names = _TOWER[:2] if shape.image_tower == "vit" else _TOWER
+    return ", ".join(f"{name} {getattr(shape, name)}" for name in names)
 
 
 def start(

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +19,16 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from capfilt.errors import InputError
+from capfilt.models.grey import eight_bits
+
+PartT = TypeVar("PartT")
+BatchT = TypeVar("BatchT")
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MB of 24-bit pixels
+DECODERS = min(8, os.cpu_count() or 1)
+"""Threads that decode pictures (Pillow lets go of the interpreter's lock)."""
 
 
 class ImageError(InputError):
@@ -74,6 +83,47 @@ def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from None
 
 
+def open_stored(data: bytes, path: str, key: str) -> Image.Image:
+    """Decode a picture that could be decoded when a run took it in.
+
+    Args:
+        data: the encoded file.
+        path: of the table that holds it, for the message.
+        key: of the picture, for the message.
+
+    Raises:
+        InputError: it can't be decoded any more.
+    """
+    try:
+        return open_rgb(data)
+    except ImageError as error:
+        raise InputError(
+            f"{path}: the picture {key} could be read when it was taken in, and can't be now "
+            f"({error}): the file is damaged. Delete it and its manifest and run `capfilt run "
+            "CONFIG` to make it again"
+        ) from None
+
+
+def one_ahead(
+    parts: Iterable[PartT], load: Callable[[PartT, ThreadPoolExecutor], BatchT]
+) -> Iterator[BatchT]:
+    """Loads each part while what was made of the one before is worked on.
+
+    Args:
+        parts: what to load, in order.
+        load: is given a part, and threads to decode pictures with.
+    """
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(DECODERS) as decoders:
+        waiting: Future[BatchT] | None = None
+        for part in parts:
+            coming = reader.submit(load, part, decoders)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -82,13 +132,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
-        # Pillow clips these at 255 instead of scaling; "I" is how some of its versions open 16-bit
-        # PNGs
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode != "F" or values.max(initial=0.0) > 255.0:
-            values = values / 257.0
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8), "L")
+    image = eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -3,9 +3,8 @@
 Dimensions: B batch, P image tokens, Dv width of the image tower, S side of the pictures.
 """
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -14,14 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from capfilt.errors import InputError
-from capfilt.models.images import ImageError, open_rgb, pixels, squash
+from capfilt.models.images import one_ahead, open_stored, pixels, squash
 from capfilt.models.med import MED
 from capfilt.models.med_config import MEDConfig
 from capfilt.shards import Shard
-
-DECODERS = min(8, os.cpu_count() or 1)
-"""Threads that decode pictures (Pillow lets go of the interpreter's lock)."""
 
 
 def image_batches(
@@ -68,16 +63,8 @@ def pixel_batches(
     table = shard.read("images", ["key", "image", "reason"])
     table = table.filter(pa.compute.is_null(table["reason"]))
     parts = [table.slice(start, batch_size) for start in range(0, table.num_rows, batch_size)]
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(DECODERS) as decoders:
-        load = partial(_load, path=shard.run.table("images", shard.name), config=config)
-        waiting: Future[tuple[list[str], Tensor]] | None = None
-        for part in parts:
-            coming = reader.submit(load, part, decoders)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
+    load = partial(_load, path=shard.run.table("images", shard.name), config=config)
+    yield from one_ahead(parts, load)
 
 
 def _load(
@@ -86,14 +73,7 @@ def _load(
     keys: list[str] = part["key"].to_pylist()
 
     def decode(key: str, data: pa.Scalar) -> Image.Image:
-        try:
-            return squash(open_rgb(data.as_py()), config.image_size_px)
-        except ImageError as error:
-            raise InputError(
-                f"{path}: the picture {key} could be read when it was taken in, and can't be now "
-                f"({error}): the file is damaged. Delete it and its manifest and run `capfilt run "
-                "CONFIG` to make it again"
-            ) from None
+        return squash(open_stored(data.as_py(), path, key), config.image_size_px)
 
     pictures = list(decoders.map(decode, keys, part["image"]))
     return keys, pixels(pictures, config.image_size_px, config.image_tower)

@@ -36,6 +36,7 @@ from capfilt.stages.lists import (
     check_places,
     check_texts,
     find_column,
+    first_row,
     read_list,
     shard_names,
     shard_rows,
@@ -275,7 +276,7 @@ class _Fetch:
         rows = [shard_rows(self.listed.table, shard, download.shard_size) for shard in shards]
         urls = text_column(pa.concat_tables(rows), self.listed.url_column)
         # img2dataset cuts this list every shard_size rows: raw shard i is the i-th pending shard
-        starts = [int(shard.rsplit("-", 1)[1]) * download.shard_size for shard in shards]
+        starts = [first_row(shard, download.shard_size) for shard in shards]
         numbers = [
             start + row
             for start, table in zip(starts, rows, strict=True)
@@ -300,7 +301,7 @@ class _Fetch:
         settings = self.stage.settings
         download = settings.download
         listed = shard_rows(self.listed.table, shard, download.shard_size)
-        first = int(shard.rsplit("-", 1)[1]) * download.shard_size
+        first = first_row(shard, download.shard_size)
         count = listed.num_rows
         urls = text_column(listed, self.listed.url_column)
         lost = not_fetched(f"img2dataset lost this row; see {self.log.name}")
@@ -339,7 +340,7 @@ class _Retry:
         if self.fetched is None:
             self.fetched = self._fetch_failed()
         download = self.stage.settings.download
-        start = int(shard.name.rsplit("-", 1)[1]) * download.shard_size
+        start = first_row(shard.name, download.shard_size)
         old = shard.read("images")
         pictures = [_stored(row) for row in old.drop_columns(["captions"]).to_pylist()]
         exif = old["exif"].to_pylist()
@@ -367,7 +368,7 @@ class _Retry:
         rows: list[int] = []
         places = {}
         for name in self.stage.retry:
-            first = int(name.rsplit("-", 1)[1]) * download.shard_size
+            first = first_row(name, download.shard_size)
             start = len(urls)
             table = Shard(self.stage.run, name).read("images", ["url", "reason"])
             for place, row in enumerate(table.to_pylist()):

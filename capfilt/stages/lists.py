@@ -37,7 +37,12 @@ def numbered_shards(source: str, count: int) -> list[str]:
 
 def shard_rows(table: pa.Table, shard: str, shard_size: int) -> pa.Table:
     """The rows of a list that make up a shard."""
-    return table.slice(int(shard.rsplit("-", 1)[1]) * shard_size, shard_size)
+    return table.slice(first_row(shard, shard_size), shard_size)
+
+
+def first_row(shard: str, shard_size: int) -> int:
+    """The row of the list that a shard begins with."""
+    return int(shard.rsplit("-", 1)[1]) * shard_size
 
 
 def shard_keys(shard: str, rows: int) -> list[str]:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from capfilt.models.grey import eight_bits
 from capfilt.schema import IMAGES
 from capfilt.stages.lists import shard_keys
 
@@ -121,7 +121,7 @@ def inspect(data: bytes, limits: Limits) -> Picture:
 
 def _shrink(picture: Image.Image, max_side_px: int) -> tuple[bytes, tuple[int, int]]:
     """The picture upright, on white, at most `max_side_px` long, as JPEG; and its size."""
-    picture = _eight_bits(ImageOps.exif_transpose(picture))
+    picture = eight_bits(ImageOps.exif_transpose(picture))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -131,16 +131,6 @@ def _shrink(picture: Image.Image, max_side_px: int) -> tuple[bytes, tuple[int, i
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=95)
     return buffer.getvalue(), picture.size
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of more bits scaled to 8, as `models.images` does; Pillow would cut at 255."""
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    values = np.asarray(picture, dtype=np.float64)
-    if picture.mode != "F" or values.max(initial=0.0) > 255.0:
-        values = values / 257.0
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8), "L")
 
 
 @contextmanager

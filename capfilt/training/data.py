@@ -9,10 +9,9 @@ Dimensions: B batch, P image tokens, Dv width of the image tower.
 
 import hashlib
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from capfilt.errors import ConfigError, InputError
-from capfilt.models.images import ImageError, augment, open_rgb, pixels
+from capfilt.models.images import augment, one_ahead, open_stored, pixels
 from capfilt.models.med_config import MEDConfig
 from capfilt.models.tokens import clean
 from capfilt.shards import RunDir, Shard
@@ -32,8 +31,6 @@ log = logging.getLogger(__name__)
 WINDOW_ROWS = 20_000
 """Pictures shuffled together, and held in memory, at a time: 2.5 GB of Lite0's features
 at 224 px, or of encoded pictures of 125 kB. A larger shard is a window of its own."""
-DECODERS = min(8, os.cpu_count() or 1)
-"""Threads that decode pictures (Pillow lets go of the interpreter's lock)."""
 
 Member = tuple[str, int]
 """A picture: its shard, and its position among the shard's usable rows."""
@@ -233,9 +230,8 @@ class Stream:
                 f"batch_size: a batch of {size} pictures does not divide by {world_size} "
                 "processes; set it to a multiple, or start another number of processes"
             )
-        return self._one_ahead(
-            self._steps(start_step, rank * size // world_size, size // world_size)
-        )
+        steps = self._steps(start_step, rank * size // world_size, size // world_size)
+        return one_ahead(steps, self._load)
 
     def in_order(self) -> Iterator[Batch]:
         """Yields every picture once, in order, the last batch as it comes (for validation)."""
@@ -243,7 +239,8 @@ class Stream:
             (name, i) for name, rows in self.inventory.shards.items() for i in range(len(rows))
         ]
         parts = (members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size))
-        return self._one_ahead(_Step(part, {name for name, _ in part}, 0, 0) for part in parts)
+        steps = (_Step(part, {name for name, _ in part}, 0, 0) for part in parts)
+        return one_ahead(steps, self._load)
 
     def _steps(self, start_step: int, first: int, count: int) -> "Iterator[_Step]":
         per_epoch = max(1, len(self.inventory) // self.batch_size)
@@ -280,18 +277,6 @@ class Stream:
             window.append(name)
             rows += more
         yield window
-
-    def _one_ahead(self, steps: "Iterable[_Step]") -> Iterator[Batch]:
-        """Loads each batch while the one before is trained on."""
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(DECODERS) as decoders:
-            waiting: Future[Batch] | None = None
-            for step in steps:
-                coming = reader.submit(self._load, step, decoders)
-                if waiting is not None:
-                    yield waiting.result()
-                waiting = coming
-            if waiting is not None:
-                yield waiting.result()
 
     def _load(self, step: "_Step", decoders: ThreadPoolExecutor) -> Batch:
         # of earlier windows only what this batch still needs stays in memory
@@ -330,15 +315,7 @@ class Stream:
         )
 
     def _picture(self, data: bytes, rng: np.random.Generator, shard: str, key: str) -> Image.Image:
-        try:
-            picture = open_rgb(data)
-        except ImageError as error:
-            path = self.run.table("images", shard)
-            raise InputError(
-                f"{path}: the picture {key} could be read when it was taken in, and can't be now "
-                f"({error}): the file is damaged. Delete it and its manifest and run `capfilt run "
-                "CONFIG` to make it again"
-            ) from None
+        picture = open_stored(data, self.run.table("images", shard), key)
         if not self.train:
             return picture
         return augment(picture, rng, self.model.image_size_px, self.crop_scale)

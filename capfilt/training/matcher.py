@@ -139,7 +139,6 @@ def matcher_losses(
     """ITC + ITM of one batch, and ITM of some reviewed pairs if there are any."""
     weight = objectives.pair_weights(batch, weights, device)
     features = objectives.image_features(model, batch, device)
-    pixels = objectives.learning_pixels(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
     ids, mask = objectives.tokenize(
@@ -147,7 +146,7 @@ def matcher_losses(
     )
     ids, mask = ids.to(device), mask.to(device)
     embedded = objectives.embed(model, features, ids, mask)
-    itc = contrast.loss(model, embedded, features, pixels, ids, mask, image_ids, step, weight)
+    itc = contrast.loss(model, embedded, features, batch.pixels, ids, mask, image_ids, step, weight)
     rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
     further: list[tuple[int, str]] = []
     for row, caption in enumerate(batch.captions):

@@ -65,12 +65,6 @@ def image_features(model: MED, batch: Batch, device: str) -> Tensor:
     return model.encode_image(batch.pixels.to(device))
 
 
-def learning_pixels(model: MED, batch: Batch, device: str) -> Tensor | None:
-    """The pictures `[B, 3, S, S]` where the image tower learns, for the momentum encoder's own."""
-    learns = any(parameter.requires_grad for parameter in model.vision.parameters())
-    return batch.pixels.to(device) if learns and batch.pixels is not None else None
-
-
 def pair_weights(batch: Batch, weights: Mapping[str, float], device: str) -> Tensor | None:
     """How much each pair of a batch counts, `[B]`; None when no pair has a weight of its own."""
     if not weights:
@@ -115,6 +109,7 @@ class Contrast:
         self.config = config
         self.ramp_steps = ramp_steps
         self.moved_at: int | None = None
+        self.image_learns = any(p.requires_grad for p in model.vision.parameters())
         self.slow = momentum_copy(model) if config.momentum is not None else None
         self.queue = None
         if config.queue_size:
@@ -143,8 +138,8 @@ class Contrast:
             model: the online model.
             embedded: the batch in its ITC space.
             features: `[B, P, Dv]`, what its image tower made of the pictures.
-            pixels: `[B, 3, S, S]` where that tower learns: the momentum encoders have a slow one of
-                their own. None where it is frozen, and both are the same.
+            pixels: `[B, 3, S, S]`, the pictures, or None where features are cached. Where the image
+                tower learns, the momentum encoders have a slow one of their own, which reads them.
             ids: `[B, L]`, texts that start with `[CLS]`.
             mask: `[B, L]`.
             image_ids: `[B]`.
@@ -169,8 +164,8 @@ class Contrast:
                 if self.moved_at != step:
                     momentum_update(self.slow, model, self.config.momentum)
                     self.moved_at = step
-                if pixels is not None:
-                    features = self.slow.encode_image(pixels)
+                if self.image_learns and pixels is not None:
+                    features = self.slow.encode_image(pixels.to(features.device))
                 slow_images = losses.gather_with_gradient(self.slow.embed_image(features))
                 slow_texts = losses.gather_with_gradient(self.slow.embed_text(ids, mask))
         if sample_weight is not None:

@@ -128,7 +128,6 @@ def pretrain_losses(
     """ITC + ITM + LM of one batch; one pass of the image, five of the text."""
     weight = objectives.pair_weights(batch, weights, device)
     features = objectives.image_features(model, batch, device)
-    pixels = objectives.learning_pixels(model, batch, device)
     image_ids = batch.image_ids.to(device)
     features = objectives.augment_features(features, settings.image_dropout, generator)
     found: dict[str, Tensor] = {}
@@ -142,7 +141,9 @@ def pretrain_losses(
         )
         ids, mask = ids.to(device), mask.to(device)
         embedded = objectives.embed(model, features, ids, mask)
-        itc = contrast.loss(model, embedded, features, pixels, ids, mask, image_ids, step, weight)
+        itc = contrast.loss(
+            model, embedded, features, batch.pixels, ids, mask, image_ids, step, weight
+        )
         adapted = model.adapt(features, embedded.known_images)
         cross = model.cross_keys_values(adapted, "encoder")
         since = step - lm_only_steps
