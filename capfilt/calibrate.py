@@ -6,7 +6,7 @@ ITC finds nearest to its own among a sample; and a human pair with one word of i
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -288,12 +288,9 @@ class _MadeUp:
                 )
             inventory = take_inventory(self.run, ("human",))
             inventory, held_out = inventory.split(fraction, self.config.seed)
-            learnt_from = inventory.all_captions()
-            human = {
-                f"{name}-{row:05d}": captions
-                for name, rows in held_out.shards.items()
-                for row, captions in zip(rows, held_out.captions[name], strict=True)
-            }
+            learnt_from: Iterable[str] = inventory.captions()
+            keys = [f"{name}-{row:05d}" for name, rows in held_out.shards.items() for row in rows]
+            human = dict(zip(keys, held_out.texts(), strict=True))
         else:
             images = self._read_pairs(pairs)
             human = {
@@ -302,7 +299,7 @@ class _MadeUp:
             }
             learnt_from = [text for texts_ in human.values() for text in texts_]
             if self.config.human is not None:
-                learnt_from = take_inventory(self.run, ("human",)).all_captions()
+                learnt_from = take_inventory(self.run, ("human",)).captions()
         model, tokenizer, _ = model_folder.load(self.run.local("models", "matcher"))
         model = model.to(self.device).eval()
         swaps = WordSwaps.learn(model, tokenizer, learnt_from)

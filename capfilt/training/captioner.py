@@ -42,9 +42,7 @@ def finetune_captioner(
     # it writes only words that people wrote, whatever pretraining saw in the web's texts
     vocabulary = None
     if config.model.preset == "small":
-        vocabulary = objectives.vocabulary_in_use(
-            tokenizer, inventory.all_captions(), settings.prompt
-        )
+        vocabulary = objectives.vocabulary_in_use(tokenizer, inventory.captions(), settings.prompt)
         vocabulary = vocabulary.to(device)
     loss_of = partial(
         captioner_losses,
@@ -131,7 +129,7 @@ def _caption_scores(
             bonus=bonus,
         )
         written += [decode(tokenizer, caption.token_ids) for caption in captions]
-    references = [texts for shard in stream.inventory.captions.values() for texts in shard]
+    references = list(stream.inventory.texts())
     # a text of question marks alone is a text, and says nothing that could be compared
     compared = [row for row, texts in enumerate(references) if any(map(tokenize, texts))]
     if not compared:

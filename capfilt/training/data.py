@@ -1,8 +1,8 @@
 """What a training reads of a run: pictures (or their cached features) and texts, in a seeded order.
 
-Pictures are read a window of shards at a time and shuffled inside it, so that memory holds a window
-of them however large the run is; texts are held all (0.3 GB per million). A set that fits one
-window is read once.
+Pictures and texts are read a window of shards at a time and shuffled inside it, so that memory
+holds a window of them however large the run is; of all others only 16 bytes each, which say that
+they can be used. A set that fits one window is read once.
 
 Dimensions: B batch, P image tokens, Dv width of the image tower.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from capfilt.errors import ConfigError, InputError
 from capfilt.models.images import augment, one_ahead, open_stored, pixels
 from capfilt.models.med_config import MEDConfig
-from capfilt.models.tokens import clean
+from capfilt.models.tokens import MAX_WORDS, clean
 from capfilt.shards import RunDir, Shard
 
 log = logging.getLogger(__name__)
@@ -61,19 +61,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a run holds for training, read from the tables' metadata columns only.
+    """What a run holds for training: which rows of `images/` are usable pairs.
 
     Attributes:
+        run: the run folder.
         shards: names of the shards with usable pairs, with the usable rows of each.
-        captions: cleaned, non-empty texts of each usable row, by shard.
         image_ids: int64, of each usable row, by shard: equal where the pictures' bytes are.
+        max_words: texts are cut to so many words.
         skipped: rows that can't be used, by reason.
         examples: a few keys of those, by reason.
     """
 
+    run: RunDir
     shards: dict[str, np.ndarray]
-    captions: dict[str, list[list[str]]]
     image_ids: dict[str, np.ndarray]
+    max_words: int = MAX_WORDS
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -81,9 +83,16 @@ class Inventory:
         """Number of usable pictures."""
         return sum(len(rows) for rows in self.shards.values())
 
-    def all_captions(self) -> list[str]:
-        """Every usable text, in order."""
-        return [text for shard in self.captions.values() for texts in shard for text in texts]
+    def texts(self) -> Iterator[list[str]]:
+        """The cleaned texts of each usable picture, in order; reads the tables."""
+        for name, rows in self.shards.items():
+            column = Shard(self.run, name).read("images", ["captions"])["captions"]
+            for texts in column.take(pa.array(rows)):
+                yield cleaned(texts, self.max_words)
+
+    def captions(self) -> Iterator[str]:
+        """Every usable text, in order; reads the tables."""
+        return (text for own in self.texts() for text in own)
 
     def split(self, fraction: float, seed: int) -> "tuple[Inventory, Inventory]":
         """Splits pictures by a hash of their key: about `fraction` of them go to the second part.
@@ -93,7 +102,7 @@ class Inventory:
         """
         parts = []
         for held_out in (False, True):
-            part = Inventory({}, {}, {})
+            part = Inventory(self.run, {}, {}, self.max_words)
             for name, rows in self.shards.items():
                 chosen = [
                     i
@@ -102,7 +111,6 @@ class Inventory:
                 ]
                 if chosen:
                     part.shards[name] = rows[chosen]
-                    part.captions[name] = [self.captions[name][i] for i in chosen]
                     part.image_ids[name] = self.image_ids[name][chosen]
             parts.append(part)
         parts[0].skipped.update(self.skipped)
@@ -132,24 +140,25 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def take_inventory(run: RunDir, sources: tuple[str, ...], max_words: int = 30) -> Inventory:
+def cleaned(texts: pa.ListScalar, max_words: int) -> list[str]:
+    """The texts of a picture that can be used: cleaned, without those of which nothing is left."""
+    return [text for text in (clean(text or "", max_words) for text in texts.as_py() or []) if text]
+
+
+def take_inventory(run: RunDir, sources: tuple[str, ...], max_words: int = MAX_WORDS) -> Inventory:
     """Lists the usable pairs of some sources; what can't be used is counted and named.
 
     Raises:
         InputError: fewer than two usable pictures are left.
     """
-    inventory = Inventory({}, {}, {})
+    inventory = Inventory(run, {}, {}, max_words)
     for name in run.shards("images", sources):
-        columns = ["key", "captions", "reason", "sha256"]
-        table = Shard(run, name).read("images", columns).select(columns)
-        rows, captions, ids = [], [], []
-        for row, (key, texts, reason, sha256) in enumerate(
-            zip(*table.to_pydict().values(), strict=True)
-        ):
-            cleaned = [
-                text for text in (clean(text or "", max_words) for text in texts or []) if text
-            ]
-            if reason is None and not cleaned:
+        columns = ["key", "reason", "sha256"]
+        table = Shard(run, name).read("images", [*columns, "captions"])
+        rows, ids = [], []
+        listed = zip(*table.select(columns).to_pydict().values(), strict=True)
+        for row, (key, reason, sha256) in enumerate(listed):
+            if reason is None and not cleaned(table["captions"][row], max_words):
                 reason = "empty_caption"
             if reason is not None:
                 inventory.skipped[reason] += 1
@@ -158,11 +167,9 @@ def take_inventory(run: RunDir, sources: tuple[str, ...], max_words: int = 30) -
                     inventory.examples[reason].append(key)
                 continue
             rows.append(row)
-            captions.append(cleaned)
             ids.append(int(sha256[:16], 16) >> 1 if sha256 else _hash(key) >> 1)
         if rows:
             inventory.shards[name] = np.array(rows)
-            inventory.captions[name] = captions
             inventory.image_ids[name] = np.array(ids)
     for reason, count in inventory.skipped.items():
         named = ", ".join(inventory.examples[reason])
@@ -288,11 +295,11 @@ class Stream:
         ]
         keys, captions, values = [], [], []
         for (name, position), rng in zip(step.members, rngs, strict=True):
-            texts = self.inventory.captions[name][position]
-            captions.append(texts[int(rng.integers(len(texts)))] if self.train else texts[0])
             if name not in self._held:
                 self._held[name] = self._read(name)
             held = self._held[name]
+            texts = cleaned(held.captions[position], self.inventory.max_words)
+            captions.append(texts[int(rng.integers(len(texts)))] if self.train else texts[0])
             keys.append(held.keys[position].as_py())
             values.append(held.values[int(held.rows[position])])
         features = pictures = None
@@ -321,27 +328,30 @@ class Stream:
         return augment(picture, rng, self.model.image_size_px, self.crop_scale)
 
     def _read(self, name: str) -> "_Pictures":
-        """A shard's usable pictures, or their features."""
-        usable = pa.array(self.inventory.shards[name])
-        column = "tokens" if self.use_features else "image"
-        table = "features" if self.use_features else "images"
-        read = Shard(self.run, name).read(table, ["key", column])
-        # 64-bit offsets: the pictures of one shard may well be more than 2 GB
-        values = read.column(column).cast(pa.large_binary()).combine_chunks()
-        keys = read.column("key").combine_chunks()
+        """A shard's usable pictures, or their features, with their texts."""
+        rows = self.inventory.shards[name]
+        columns = ["key", "captions"] + ["image"] * (not self.use_features)
+        images = Shard(self.run, name).read("images", columns)
+        keys, captions = (
+            images[column].combine_chunks().take(pa.array(rows)) for column in columns[:2]
+        )
         if not self.use_features:
-            return _Pictures(keys.take(usable), values, self.inventory.shards[name])
-        wanted = Shard(self.run, name).read("images", ["key"]).column("key").combine_chunks()
-        wanted = wanted.take(usable)
-        rows = pa.compute.index_in(wanted, value_set=keys)
-        if rows.null_count:
-            missing = wanted[rows.is_null().to_pylist().index(True)]
+            return _Pictures(keys, captions, _bytes(images["image"]), rows)
+        features = Shard(self.run, name).read("features", ["key", "tokens"])
+        places = pa.compute.index_in(keys, value_set=features["key"].combine_chunks())
+        if places.null_count:
+            missing = keys[places.is_null().to_pylist().index(True)]
             raise InputError(
-                f"{self.run.table('features', name)} has no features of {rows.null_count} "
+                f"{self.run.table('features', name)} has no features of {places.null_count} "
                 f"pictures, {missing} for one; delete it and its manifest and run "
                 "`capfilt features CONFIG`"
             )
-        return _Pictures(wanted, values, rows.to_numpy())
+        return _Pictures(keys, captions, _bytes(features["tokens"]), places.to_numpy())
+
+
+def _bytes(column: pa.ChunkedArray) -> pa.LargeBinaryArray:
+    # 64-bit offsets: the pictures of one shard may well be more than 2 GB
+    return column.cast(pa.large_binary()).combine_chunks()
 
 
 @dataclass(frozen=True)
@@ -356,8 +366,9 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """A shard in memory: keys of its usable rows, the file's values, and the value of each row."""
+    """A shard in memory: key and texts of its usable rows, the file's values, each row's place."""
 
     keys: pa.Array
+    captions: pa.ListArray
     values: pa.Array
     rows: np.ndarray

@@ -79,14 +79,14 @@ def finetune_matcher(
     )
     foreign: list[str] = []
     if settings.itm.web_negatives:
-        foreign = take_inventory(run, ("web",)).all_captions()
+        foreign = list(take_inventory(run, ("web",)).captions())
     loss_of = partial(
         matcher_losses,
         model=model,
         tokenizer=tokenizer,
         contrast=contrast,
         settings=settings,
-        swaps=WordSwaps.learn(model, tokenizer, inventory.all_captions()),
+        swaps=WordSwaps.learn(model, tokenizer, inventory.captions()),
         foreign=foreign,
         weights=weights if settings.web_pairs else {},
         labelled=labelled,

@@ -6,8 +6,9 @@ once an image for all the texts that are matched with it or written for it.
 Dimensions: B batch (images), N pairs of ITM, L tokens, E ITC embedding, V vocabulary in use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -360,7 +361,7 @@ def lm_objective(
 
 
 def vocabulary_in_use(
-    tokenizer: PreTrainedTokenizerBase, captions: list[str], prompt: str
+    tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], prompt: str
 ) -> Tensor:
     """The sorted ids of the tokens that these texts are made of, with the ending `[SEP]`.
 
@@ -368,8 +369,9 @@ def vocabulary_in_use(
     tokenizer's vocabulary nothing else can be learned anyway.
     """
     used = {int(tokenizer.sep_token_id)}
-    for start in range(0, len(captions), 1000):
-        encoded = tokenizer(captions[start : start + 1000], add_special_tokens=False)["input_ids"]
+    captions = iter(captions)
+    while part := list(islice(captions, 1000)):
+        encoded = tokenizer(part, add_special_tokens=False)["input_ids"]
         used.update(token for ids in encoded for token in ids)
     used.update(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     return torch.tensor(sorted(used))

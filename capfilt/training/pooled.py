@@ -82,7 +82,7 @@ def pool_pairs(model: MED, tokenizer: Any, stream: Stream, max_tokens: int, devi
     pooled = torch.cat(images)
     if model.config.pooled_components is not None:
         model.set_components(pooled)
-    owned = [texts for shard in stream.inventory.captions.values() for texts in shard]
+    owned = list(stream.inventory.texts())
     captions = sorted({text for own in owned for text in own}, key=len)
     place = {text: row for row, text in enumerate(captions)}
     return Pooled(

@@ -60,7 +60,7 @@ def pretrain(
     vocabulary = None
     if config.model.preset == "small":
         vocabulary = objectives.vocabulary_in_use(
-            tokenizer, inventory.all_captions(), config.captioner.prompt
+            tokenizer, inventory.captions(), config.captioner.prompt
         ).to(device)
     per_epoch = max(1, len(inventory) // settings.batch_size)
     steps = max(1, round(settings.epochs * per_epoch))

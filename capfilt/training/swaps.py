@@ -5,6 +5,7 @@ tower's own word embeddings, so no word list of any language is needed.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class WordSwaps:
 
     @classmethod
     def learn(
-        cls, model: MED, tokenizer: PreTrainedTokenizerBase, captions: list[str]
+        cls, model: MED, tokenizer: PreTrainedTokenizerBase, captions: Iterable[str]
     ) -> "WordSwaps":
         """Finds each word's neighbours among the words of the captions.
 
@@ -52,12 +53,16 @@ class WordSwaps:
             tokenizer: words that it splits are left alone.
             captions: cleaned texts.
         """
-        counts = Counter(word for caption in captions for word in caption.split())
+        counts: Counter[str] = Counter()
+        texts = 0
+        for caption in captions:
+            counts.update(caption.split())
+            texts += 1
         vocabulary = tokenizer.get_vocab()
         told = _told(model)
         common = (
             {word for word, _ in counts.most_common(FUNCTION_WORDS)}
-            if told is None and len(captions) > 500
+            if told is None and texts > 500
             else set()
         )
         words = [

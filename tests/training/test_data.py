@@ -22,8 +22,8 @@ def plain_inventory(sizes: list[int]) -> Inventory:
     """Pictures that exist in name only."""
     names = [f"web-{i:05d}" for i in range(len(sizes))]
     return Inventory(
+        RunDir("nowhere"),
         {name: np.arange(size) for name, size in zip(names, sizes, strict=True)},
-        {name: [["a text"]] * size for name, size in zip(names, sizes, strict=True)},
         {name: np.arange(size) for name, size in zip(names, sizes, strict=True)},
     )
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_counted_and_named(
     caplog.set_level("INFO")
     inventory = take_inventory(run, ("human",))
     assert len(inventory) == 2
-    assert inventory.captions["human-00000"] == [["a red dog"], ["a red dog"]]
+    assert list(inventory.texts()) == [["a red dog"], ["a red dog"]]
     assert inventory.skipped == {"empty_caption": 2, "download_failed": 1, "image_unreadable": 1}
     assert inventory.examples["empty_caption"] == ["human-00000-00001", "human-00000-00002"]
     assert "2 " in caplog.text and "human-00000-00001" in caplog.text
@@ -190,7 +190,7 @@ def test_the_split_is_disjoint_and_stable(seed: int, fraction: float, size: int)
     for name, rows in inventory.shards.items():
         parts = [part.shards.get(name, np.array([], int)) for part in (train, held_out)]
         assert sorted(np.concatenate(parts).tolist()) == rows.tolist()
-    assert len(train) == sum(len(texts) for texts in train.captions.values())
+    assert len(train) == sum(len(ids) for ids in train.image_ids.values())
     # a picture's part does not change when pictures come after it
     longer, _ = plain_inventory([size + 10, size]).split(fraction, seed)
     first = [row for row in longer.shards["web-00000"].tolist() if row < size]
@@ -262,5 +262,5 @@ def test_pretraining_crops_further_than_finetuning(
 
 
 def test_a_split_too_small_to_validate_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    Inventory({"human-00000": np.arange(40)}, {"human-00000": [["a"]] * 40}, {"human-00000": np.arange(40)}).split(1e-6, 0)  # fmt: skip
+    plain_inventory([40]).split(1e-6, 0)  # fmt: skip
     assert "holds out 0, too few to measure" in caplog.text

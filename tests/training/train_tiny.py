@@ -56,7 +56,7 @@ def train_tiny(
         model=model,
         tokenizer=tokenizer,
         contrast=contrast,
-        vocabulary=objectives.vocabulary_in_use(tokenizer, inventory.all_captions(), ""),
+        vocabulary=objectives.vocabulary_in_use(tokenizer, inventory.captions(), ""),
         settings=settings,
         weights={},
         lm_only_steps=0,
