@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capfilt.models.text_tower import Dropout
+
 UNSEEN = -0.7
 """What a word that the detectors don't know counts, in units of log probability."""
 FOLDS = 5
@@ -213,10 +215,10 @@ class WordDetectors(nn.Module):
         self.nets = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(pooled_width),
-                nn.Dropout(0.3),
+                Dropout(0.3),
                 nn.Linear(pooled_width, self.HIDDEN),
                 nn.GELU(),
-                nn.Dropout(0.6),
+                Dropout(0.6),
                 nn.Linear(self.HIDDEN, words),
             ).requires_grad_(False)
             for _ in range(FOLDS)

@@ -27,13 +27,13 @@ STYLE = 0.05
 """How much one unit (log-odds) of style counts beside the similarity."""
 NEIGHBOURS = 0.5
 """How much counts that a text is near to captions of similar pictures."""
-WORDS = 0.006
+WORDS = 0.012
 """How much one unit (log probability) that the words of a text lack counts."""
 WRONG_WORD = 0.035
 """How much one unit (log-odds) of the most doubtful word counts."""
 WORD_MIN_COUNT = 6
 """A word must stand in so many texts to get a detector."""
-WORD_STEPS, WORD_BATCH, WORD_LR = 600, 256, 2e-3
+WORD_STEPS, WORD_BATCH, WORD_LR = 150, 256, 2e-3
 SWAP_BELIEVED = 0.6
 """Words are exchanged in texts that weigh so much at least: others may be wrong as they are."""
 SWAPS_A_TEXT = 2
@@ -203,7 +203,7 @@ def _learn_words(
         if not len(rows):  # a handful of pictures, all of them in one part
             rows = np.flatnonzero(weight)
         net.requires_grad_(True).train()
-        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
         for batch in cosine_batches(rng, rows, WORD_BATCH, WORD_STEPS, optimizer, WORD_LR):
             logits, wanted = net(pooled.images[batch]), target[batch].to(pooled.images.device)
             loss = _bce(logits, wanted).sum(1)
@@ -285,7 +285,7 @@ def _learn_wrong_word(
             if isinstance(part, nn.Linear):
                 part.reset_parameters()
     wrong_word.net.requires_grad_(True)
-    optimizer = torch.optim.AdamW(wrong_word.net.parameters(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(wrong_word.net.parameters(), weight_decay=0.01, fused=True)
     every = np.arange(len(rows))
     for batch in cosine_batches(rng, every, SWAP_BATCH, SWAP_STEPS, optimizer, SWAP_LR):
         # a word is exchanged for one that is a single token too, so the tokens stay in line

@@ -192,7 +192,7 @@ class _Fit:
         model, pooled, config = self.model, self.pooled, self.config
         model.train()
         parameters = _head_parameters(model)
-        optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
         batches = cosine_batches(self.rng, rows, config.batch_size, steps, optimizer, config.lr)
         for step, batch in enumerate(batches):
             own = [pooled.owned[row] for row in batch]
