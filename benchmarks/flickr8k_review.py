@@ -1,12 +1,13 @@
 """What the filter of pipelines/flickr8k-small.yaml keeps, and what reviewed pairs bring.
 
     python benchmarks/flickr8k_review.py measure DATA [RUN]
-    python benchmarks/flickr8k_review.py calibrate DATA [RUN] [--reviews 500]
+    python benchmarks/flickr8k_review.py calibrate DATA [RUN] [--reviews 500] [--high 250]
     python benchmarks/flickr8k_review.py teach DATA [RUN] [--reviews 500] [--seeds 3]
 
 DATA is the folder with web_truth.jsonl, which only this script reads. `measure` prints what the
-kept web pairs hold. `calibrate` lets a simulated reviewer judge pairs drawn at random, asks for
-95 % precision and measures what is then kept. `teach` finetunes the matcher as the pipeline does
+kept web pairs hold. `calibrate` lets a simulated reviewer judge pairs drawn at random (with --high,
+so many of them among the best scored ones, as the page's sample of high scores gives them), asks
+for 95 % precision and measures what is then kept. `teach` finetunes the matcher as the pipeline does
 with reviews near the threshold, with as many random ones, and without any, and compares what the
 three know of the web pairs that nobody reviewed.
 """
@@ -30,6 +31,7 @@ from quickstart_quality import read
 from capfilt import manifest
 from capfilt.config import Score
 from capfilt.evaluation.filtering import auc_by_kind, roc_auc
+from capfilt.inspect.filters import HIGH
 from capfilt.inspect.labels import Label, LabelStore, utc_now
 from capfilt.models import folder as model_folder
 from capfilt.models.tokens import clean
@@ -68,8 +70,8 @@ def capfilt(
     return found.stderr if found.returncode else ""
 
 
-def review(run: Path, folder: Path, pairs: list[dict], sampling: str) -> None:
-    """Labels as a reviewer who knows the truth would give them."""
+def review(run: Path, folder: Path, samples: dict[str, list[dict]]) -> None:
+    """Labels as a reviewer who knows the truth would give them, by how the pairs were picked."""
     shutil.rmtree(folder, ignore_errors=True)
     record = manifest.read(RunDir(str(run)), "scores/web-00000.manifest.json")
     matcher = (record or {}).get("weights", {}).get("matcher")
@@ -85,6 +87,7 @@ def review(run: Path, folder: Path, pairs: list[dict], sampling: str) -> None:
             matcher,
             sampling,
         ).line()
+        for sampling, pairs in samples.items()
         for pair in pairs
     ]
     LabelStore(folder).import_lines("\n".join(lines))
@@ -164,7 +167,7 @@ def teach(arguments: argparse.Namespace, pairs: list[dict]) -> None:
                 changed = [f"matcher.init={arguments.run / 'models' / 'pretrain'}", f"seed={seed}"]
                 if chosen:
                     labels = Path(folder) / "labels"
-                    review(arguments.run, labels, chosen, name)
+                    review(arguments.run, labels, {name: chosen})
                     changed.append(f"matcher.labels={labels}")
                 options = [word for one in changed for word in ("--set", one)]
                 capfilt(arguments, run, "finetune matcher", *options)
@@ -180,6 +183,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("run", nargs="?", default="runs/flickr8k-small", type=Path)
     parser.add_argument("--reviews", type=int, default=500)
+    parser.add_argument("--high", type=int, default=0, help="of the reviews, of high scores")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", type=float, default=0.95, help="what `calibrate` asks for")
     parser.add_argument(
@@ -198,10 +202,15 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=arguments.run.parent) as folder:
                 run = Path(folder) / "run"
                 shutil.copytree(arguments.run, run, copy_function=os.link)
-                chosen = random.Random(seed).sample(pairs, arguments.reviews)
-                review(run, run / "labels", chosen, "random")
+                rng = random.Random(seed)
+                chosen = rng.sample(pairs, arguments.reviews - arguments.high)
+                drawn = {pair["pair_id"] for pair in chosen}
+                best = sorted(pairs, key=lambda pair: -pair["itm_prob"])[: int(HIGH * len(pairs))]
+                high = [pair for pair in best if pair["pair_id"] not in drawn]
+                high = rng.sample(high, arguments.high)
+                review(run, run / "labels", {"random": chosen, "high": high})
                 target = f"precision={arguments.precision}"
-                print(f"seed {seed}, asked for {target} after {len(chosen)} random reviews:")
+                print(f"seed {seed}, {target}, {len(chosen)} random reviews, {len(high)} of high:")
                 refused = capfilt(arguments, run, "calibrate", "--target", target, check=False)
                 if refused:
                     print(f"  refused: {refused.strip()}")

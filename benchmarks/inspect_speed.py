@@ -180,7 +180,7 @@ def measure(folder: str, chromium: str) -> dict[str, Any]:
             painted, complete = tab.evaluate(WATCH, [kind, selector, value])
             screens.append((name, painted, complete))
 
-        for order in ("pair", "random", "threshold", "disagreement"):
+        for order in ("pair", "random", "high", "threshold", "disagreement"):
             if order != "pair":
                 act(f"sort by {order}", "set", "[name=order]", order)
             for number in range(12):

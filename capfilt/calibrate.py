@@ -430,7 +430,7 @@ class _MadeUp:
     ) -> Iterator[tuple[list[str], Any]]:
         """Keys and image tokens, from a table of pictures or from shards of the run."""
         from capfilt.models.images import open_rgb, pixels
-        from capfilt.stages.batches import image_batches
+        from capfilt.stages.batches import autocast, image_batches
 
         size = self.config.score.batch_size
         for name in shards:
@@ -443,7 +443,9 @@ class _MadeUp:
             part = images.slice(start, size)
             pictures = [open_rgb(value.as_py()) for value in part["image"]]
             values = pixels(pictures, model.config.image_size_px, model.config.image_tower)
-            yield part["key"].to_pylist(), model.encode_image(values.to(self.device))
+            with autocast(self.device, self.config.score.precision):
+                tokens = model.encode_image(values.to(self.device))
+            yield part["key"].to_pylist(), tokens
 
 
 def _shards_of(asked: list[_Asked]) -> list[str]:

@@ -375,19 +375,37 @@ def test_pairs_are_made_up_where_there_are_no_labels(tiny_run: Path, tmp_path: P
         )
 
 
-def test_human_pairs_of_ones_own_serve_too(tiny_run: Path, tmp_path: Path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_human_pairs_of_ones_own_serve_too(
+    tiny_run: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+):
+    import torch
     from PIL import Image
 
+    from capfilt.models.med import MED
+
+    rounded: set[bool] = set()
+    real = MED.encode_image
+    monkeypatch.setattr(
+        MED,
+        "encode_image",
+        lambda model, values: (
+            rounded.add(torch.is_autocast_enabled("cpu")),
+            real(model, values),
+        )[1],
+    )
     lines = []
     for number in range(30):
         Image.new("RGB", (30, 30), (8 * number, 0, 90)).save(tmp_path / f"{number}.png")
         lines.append(json.dumps({"image": f"{number}.png", "caption": f"a dog number {number}"}))
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
     random = np.random.default_rng(0)
-    made = driver._MadeUp(RunDir(str(tiny_run)), config_of(tiny_run), "cpu", False, random)
+    config = config_of(tiny_run, score={"precision": precision})
+    made = driver._MadeUp(RunDir(str(tiny_run)), config, "cpu", False, random)
     _, texts = driver._read_pools(made.run, random)
     found = made.examples(tmp_path / "own.jsonl", texts)
     assert set(found) == {"web", "synthetic"}
+    assert rounded == {precision == "bf16"}  # as `score` computes what the calibration is for
     assert int(found["web"].match.sum()) == 30 and not found["web"].reviewed
     assert set(found["web"].kind) >= {"match", "random", "near"}
     own = dict(texts["web"])

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 VERDICTS = ("right", "wrong", "unsure")
 RETRACTED = "retracted"
-SAMPLING = ("random", "threshold", "uncertain", "browse")
+SAMPLING = ("random", "high", "threshold", "uncertain", "browse")
 """How a pair came before the reviewer's eyes. Only `random` gives an unbiased estimate."""
 
 LONGEST_NAME = 64

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from capfilt import manifest
 from capfilt.errors import InputError
 from capfilt.inspect.filters import (
+    HIGH,
     ORDERS,
     Query,
     conditions,
@@ -171,6 +172,21 @@ class Run:
             found["calibration"] = {"target": self._promise().get("target"), "digest": digest}
         return found
 
+    def _high(self) -> dict[str, float]:
+        """The ITM from which on a pair is among the best `HIGH` of its source."""
+        if "high" not in self._kept:
+            rows = self._rows(
+                "SELECT source, quantile_disc(itm::DOUBLE, $below) AS lowest FROM run.pairs "
+                "WHERE eligible GROUP BY source",
+                {"below": 1 - HIGH},
+            )
+            found = {row["source"]: row["lowest"] for row in rows}
+            self._kept["high"] = {
+                "high": found.get("web", 0.0),
+                "high_synthetic": found.get("synthetic", 0.0),
+            }
+        return dict(self._kept["high"])
+
     def _promise(self) -> Mapping[str, Any]:
         """What the calibration that decided promised; empty where none did."""
         return self._decided_with().get("calibration") or {}
@@ -226,6 +242,8 @@ class Run:
             for name, kind in (("threshold", "web"), ("threshold_synthetic", "synthetic")):
                 limit = thresholds.of(kind)["itm"]
                 order_params[name] = 0.5 if limit is None else limit
+        if "$high" in expression:
+            order_params |= self._high()
         if "$seed" in expression:
             order_params["seed"] = query.seed
         total_key = ("total", where, repr(params)) if query.review is None else None

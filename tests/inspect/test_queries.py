@@ -13,7 +13,7 @@ from fabricated import add_embeddings, add_human, calibrate, jpeg, make_run
 
 from capfilt.errors import CapfiltError, InputError, MissingExtraError
 from capfilt.inspect import index, pictures, queries, tables
-from capfilt.inspect.filters import ORDERS, Query, _cursor, parse_query, parse_thresholds
+from capfilt.inspect.filters import HIGH, ORDERS, Query, _cursor, parse_query, parse_thresholds
 from capfilt.inspect.labels import Label, utc_now
 from capfilt.inspect.queries import Run
 from capfilt.inspect.search import open_embeddings
@@ -116,6 +116,30 @@ def test_random_depends_on_the_seed_only_and_is_even(run: Run) -> None:
     assert abs(np.corrcoef(np.argsort(first), np.argsort(other))[0, 1]) < 0.3
 
 
+def test_high_begins_with_the_best_scored_of_each_source_in_random_order(run: Run) -> None:
+    first = everything(run, Query(order="high", seed=1))
+    assert [pair["row"] for pair in first] == [
+        pair["row"] for pair in everything(run, Query(order="high", seed=1, limit=50))
+    ]
+    drawn = [pair for pair in first if pair["reason"] not in ("download_failed", "duplicate")]
+    best = {}
+    for source in ("web", "synthetic"):
+        itm = [pair["itm"] for pair in drawn if pair["source"] == source]
+        best[source] = sorted(itm)[-round(HIGH * len(itm)) :][0]
+    is_high = [pair["itm"] >= best[pair["source"]] for pair in drawn]
+    count = sum(is_high)
+    assert 0.35 * len(drawn) < count < 0.5 * len(drawn)
+    assert all(is_high[:count]) and not any(is_high[count:])
+    # and within these no order by score or place is left
+    high = drawn[:count]
+    assert {pair["source"] for pair in high[: count // 2]} == {"web", "synthetic"}
+    for name in ("itm", "row"):
+        assert abs(np.corrcoef(np.arange(count), [pair[name] for pair in high])[0, 1]) < 0.5
+    other = everything(run, Query(order="high", seed=2))
+    assert [pair["row"] for pair in other] != [pair["row"] for pair in first]
+    assert Query(order="high", review="todo").sampling == "high"
+
+
 def test_samples_are_of_pairs_that_a_threshold_decides_on(tmp_path: Path) -> None:
     """Human pairs are kept unseen, and what has no picture or is a duplicate is dropped unseen."""
     folder = make_run(tmp_path / "run")
@@ -128,11 +152,13 @@ def test_samples_are_of_pairs_that_a_threshold_decides_on(tmp_path: Path) -> Non
     ]
     for order, last in (
         ("random", {*human, *unseen}),
+        ("high", {*human, *unseen}),
         ("threshold", {*human}),
         ("uncertain", {*human}),
     ):
         found = [pair["pair_id"] for pair in everything(opened, Query(order=order, review="todo"))]
-        end = len(last) if order == "random" else len(human) + 6  # with those that have no score
+        # those that have no score are among the unseen
+        end = len(last) if order in ("random", "high") else len(human) + 6
         assert len(found) == len(rows) == 134 and last <= set(found[-end:])
     # within the human ones the random order is one all the same
     found = [pair["pair_id"] for pair in everything(opened, Query(order="random", source="human"))]

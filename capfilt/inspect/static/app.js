@@ -7,6 +7,7 @@ const FILTERS = ["words", "keep", "reason", "source", "itm_min", "itm_max", "itc
 const SEARCH = ["near", "near_text", "near_upload", "find"];
 const PLACE = ["after", "before"];
 const TRIED = ["t_itm", "t_itc", "t_synthetic_itm", "t_synthetic_itc"];
+const RANDOM = ["random", "high"];  // the orders that a seed shuffles
 const VERDICTS = [["right", "Right", "y"], ["wrong", "Wrong", "n"], ["unsure", "Unsure", "u"]];
 const PAGE_SIZE = matchMedia("(max-width: 760px)").matches ? 12 : 24;
 
@@ -132,7 +133,7 @@ function show(found, focus) {
   $("#total").textContent = pairs(found.total);
   $("#sampling").textContent = {
     random: "random sample: labels count for the estimate", threshold: "sample near the threshold",
-    uncertain: "sample of the most uncertain",
+    uncertain: "sample of the most uncertain", high: "random sample of the high scores",
   }[found.sampling] || "";
   for (const button of document.querySelectorAll(".next")) button.disabled = !found.next;
   for (const button of document.querySelectorAll(".previous")) button.disabled = !found.previous;
@@ -511,7 +512,7 @@ function showFilters() {
     if (field.type === "checkbox") field.checked = state[name] === "1";
     else if (document.activeElement !== field) field.value = state[name] || (name === "order" ? startOrder() : "");
   }
-  $("#seed-field").hidden = state.order !== "random";
+  $("#seed-field").hidden = !RANDOM.includes(state.order);
   const used = FILTERS.filter((name) => state[name] && !["order", "desc", "seed"].includes(name)).length;
   $("#filter-count").hidden = !used;
   $("#filter-count").textContent = String(used);
@@ -540,7 +541,7 @@ function sample(mode) {
   clearSearch();
   state.order = mode;
   state.review = "todo";
-  if (mode === "random") state.seed = state.seed || String(Math.floor(Math.random() * 1e6));
+  if (RANDOM.includes(mode)) state.seed = state.seed || String(Math.floor(Math.random() * 1e6));
   refilter();
 }
 
