@@ -7,9 +7,9 @@
 DATA is the folder with web_truth.jsonl, which only this script reads. `measure` prints what the
 kept web pairs hold. `calibrate` lets a simulated reviewer judge pairs drawn at random (with --high,
 so many of them among the best scored ones, as the page's sample of high scores gives them), asks
-for 95 % precision and measures what is then kept. `teach` finetunes the matcher as the pipeline does
-with reviews near the threshold, with as many random ones, and without any, and compares what the
-three know of the web pairs that nobody reviewed.
+for 95 % precision and measures what is then kept. `teach` finetunes the matcher as the pipeline
+does with reviews near the threshold, with as many random ones, and without any, and compares what
+the three know of the web pairs that nobody reviewed.
 """
 
 import argparse
