@@ -29,7 +29,7 @@ NEIGHBOURS = 0.5
 """How much counts that a text is near to captions of similar pictures."""
 WORDS = 0.012
 """How much one unit (log probability) that the words of a text lack counts."""
-WRONG_WORD = 0.035
+WRONG_WORD = 0.04
 """How much one unit (log-odds) of the most doubtful word counts."""
 WORD_MIN_COUNT = 6
 """A word must stand in so many texts to get a detector."""

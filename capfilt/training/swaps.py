@@ -21,7 +21,7 @@ MIN_COUNT = 4
 """A word must stand in the texts this often to be exchanged or put in."""
 FUNCTION_WORDS = 30
 """The most frequent words ("a", "the", "in") are left alone."""
-TOLD = 0.12
+TOLD = 0.4
 """Nats that pictures must tell of a word, or of half of its `CLOSEST` neighbours, at least (see
 `WordDetectors`), where a model knows that: then "man" and "red" are exchanged, however frequent
 they are, and "from" isn't."""
