@@ -297,6 +297,9 @@ class HeadWarmup(_Section):
     dropout: float = Field(0.7, ge=0, lt=1)
     """Of the image's head. High (0.7) for a matcher, which must not learn wrong web texts by heart;
     low (0.2) for a captioner, which gains from remembering."""
+    word_steps: Positive = 150
+    """Steps that each of `model.itm_words`' detectors is taught. A matcher wants detectors that
+    doubt, so few steps; `caption.word_bonus` wants sure ones: up to 600 in `pretrain`."""
 
 
 class Pretrain(Optim):

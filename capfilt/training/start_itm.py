@@ -33,7 +33,7 @@ WRONG_WORD = 0.04
 """How much one unit (log-odds) of the most doubtful word counts."""
 WORD_MIN_COUNT = 6
 """A word must stand in so many texts to get a detector."""
-WORD_STEPS, WORD_BATCH, WORD_LR = 150, 256, 2e-3
+WORD_BATCH, WORD_LR = 256, 2e-3
 SWAP_BELIEVED = 0.6
 """Words are exchanged in texts that weigh so much at least: others may be wrong as they are."""
 SWAPS_A_TEXT = 2
@@ -46,6 +46,7 @@ def start_itm_from_itc(
     pooled: Pooled,
     weights: dict[str, float],
     max_tokens: int,
+    word_steps: int,
     seed: int,
 ) -> None:
     """Sets `ITMStart`: scale and bias by logistic regression on what the ITC embeddings say.
@@ -75,7 +76,7 @@ def start_itm_from_itc(
         _fill_neighbours(start.neighbours, images, pooled, rng)
         shares += [-COMMON_TEXT, -COMMON_IMAGE, STYLE, NEIGHBOURS]
     if start.words is not None:
-        unseen = _learn_words(start.words, tokenizer, ids, pooled, believed, seed)
+        unseen = _learn_words(start.words, tokenizer, ids, pooled, believed, word_steps, seed)
         _learn_wrong_word(model, tokenizer, pooled, believed, unseen, max_tokens, seed)
         shares += [WORDS, WRONG_WORD]
     # where there are web pairs they decide: a human pair that was trained on looks too good
@@ -168,6 +169,7 @@ def _learn_words(
     ids: Tensor,
     pooled: Pooled,
     believed: np.ndarray,
+    steps: int,
     seed: int,
 ) -> Tensor:
     """Teaches the detectors which words stand in a picture's texts: logistic loss on each word.
@@ -178,6 +180,7 @@ def _learn_words(
         ids: tokens of the distinct texts, `[M, L]`.
         pooled: the pictures, and which texts are whose.
         believed: `[N]`, how much the texts of a picture count; people's count twice.
+        steps: that each net is taught.
         seed: of the draws.
 
     Returns:
@@ -204,7 +207,7 @@ def _learn_words(
             rows = np.flatnonzero(weight)
         net.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
-        for batch in cosine_batches(rng, rows, WORD_BATCH, WORD_STEPS, optimizer, WORD_LR):
+        for batch in cosine_batches(rng, rows, WORD_BATCH, steps, optimizer, WORD_LR):
             logits, wanted = net(pooled.images[batch]), target[batch].to(pooled.images.device)
             loss = _bce(logits, wanted).sum(1)
             heavy = counted[batch].to(pooled.images.device)

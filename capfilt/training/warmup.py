@@ -104,7 +104,7 @@ def warm_up_heads(
             everything, None, config.steps, lambda n: progress(n, config.steps)
         )
     if model.config.itm_from_itc:
-        start_itm_from_itc(model, tokenizer, pooled, weights, max_tokens, seed)
+        start_itm_from_itc(model, tokenizer, pooled, weights, max_tokens, config.word_steps, seed)
     if not ranks.is_first():
         return weights
     save_warmup(folder / "checkpoints", fingerprint, _found_here(model), weights)

@@ -32,7 +32,6 @@ def test_neighbours_are_pictures_that_people_described(human: tuple[int, ...]) -
 
 def test_detectors_of_a_handful_of_pictures_say_something_finite(monkeypatch) -> None:
     """All pictures may be in one part, and a net would have none to learn from."""
-    monkeypatch.setattr(start_itm, "WORD_STEPS", 3)
     captions = ["a red dog", "a dog in the snow"]
     pooled = Pooled(
         ["web-00000-00000"], np.array([False]), torch.randn(1, 12), captions, torch.randn(2, 8), [[0, 1]]
@@ -41,7 +40,7 @@ def test_detectors_of_a_handful_of_pictures_say_something_finite(monkeypatch) ->
     words = WordDetectors(12, 9, 30524, (0, 101, 102))
     monkeypatch.setattr(start_itm, "WORD_MIN_COUNT", 1)
     ids = tokenize(tokenizer, captions, 8)[0]
-    unseen = start_itm._learn_words(words, tokenizer, ids, pooled, np.ones(1), 0)
+    unseen = start_itm._learn_words(words, tokenizer, ids, pooled, np.ones(1), 3, 0)
     assert torch.isfinite(unseen).all() and torch.isfinite(words.told).all()
     assert torch.isfinite(words.logits(torch.randn(3, 12))).all()
 
@@ -49,7 +48,6 @@ def test_detectors_of_a_handful_of_pictures_say_something_finite(monkeypatch) ->
 def test_the_blind_detector_has_not_read_the_pictures_own_text(monkeypatch) -> None:
     """Pictures that have nothing in common: a word can only be learned by heart."""
     torch.manual_seed(0)
-    monkeypatch.setattr(start_itm, "WORD_STEPS", 150)
     monkeypatch.setattr(start_itm, "WORD_MIN_COUNT", 1)
     words = ["dog", "cat", "horse", "bird", "cow", "sheep", "fish", "bear", "wolf", "duck"]
     captions = [f"a {word}" for word in words]
@@ -63,7 +61,7 @@ def test_the_blind_detector_has_not_read_the_pictures_own_text(monkeypatch) -> N
     )
     detectors, tokenizer = WordDetectors(32, 12, 30524, (0, 101, 102)), load_tokenizer()
     ids = tokenize(tokenizer, captions, 8)[0]
-    unseen = start_itm._learn_words(detectors, tokenizer, ids, pooled, np.ones(200), 0)
+    unseen = start_itm._learn_words(detectors, tokenizer, ids, pooled, np.ones(200), 150, 0)
     fold = detectors.fold(pooled.images)
     assert fold.bincount(minlength=5).min() > 15
     with torch.autocast("cpu", torch.bfloat16):
