@@ -299,7 +299,7 @@ class HeadWarmup(_Section):
     low (0.2) for a captioner, which gains from remembering."""
     word_steps: Positive = 150
     """Steps that each of `model.itm_words`' detectors is taught. A matcher wants detectors that
-    doubt, so few steps; `caption.word_bonus` wants sure ones: up to 600 in `pretrain`."""
+    doubt, so few steps; `caption.word_bonus` wants sure ones: 1200, say, in `pretrain`."""
 
 
 class Pretrain(Optim):
