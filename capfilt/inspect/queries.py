@@ -172,7 +172,7 @@ class Run:
             found["calibration"] = {"target": self._promise().get("target"), "digest": digest}
         return found
 
-    def _high(self) -> dict[str, float]:
+    def _high(self) -> Mapping[str, float]:
         """The ITM from which on a pair is among the best `HIGH` of its source."""
         if "high" not in self._kept:
             rows = self._rows(
@@ -185,7 +185,7 @@ class Run:
                 "high": found.get("web", 0.0),
                 "high_synthetic": found.get("synthetic", 0.0),
             }
-        return dict(self._kept["high"])
+        return self._kept["high"]
 
     def _promise(self) -> Mapping[str, Any]:
         """What the calibration that decided promised; empty where none did."""

@@ -77,6 +77,9 @@ def finetune_matcher(
     contrast = objectives.Contrast(
         model, settings.itc, device, round(settings.itc.alpha_warmup_epochs * per_epoch)
     )
+    swaps = WordSwaps({}, {})
+    if settings.itm.word_swap:
+        swaps = WordSwaps.learn(model, tokenizer, inventory.captions())
     foreign: list[str] = []
     if settings.itm.web_negatives:
         foreign = list(take_inventory(run, ("web",)).captions())
@@ -86,7 +89,7 @@ def finetune_matcher(
         tokenizer=tokenizer,
         contrast=contrast,
         settings=settings,
-        swaps=WordSwaps.learn(model, tokenizer, inventory.captions()),
+        swaps=swaps,
         foreign=foreign,
         weights=weights if settings.web_pairs else {},
         labelled=labelled,

@@ -262,5 +262,5 @@ def test_pretraining_crops_further_than_finetuning(
 
 
 def test_a_split_too_small_to_validate_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    plain_inventory([40]).split(1e-6, 0)  # fmt: skip
+    plain_inventory([40]).split(1e-6, 0)
     assert "holds out 0, too few to measure" in caplog.text
