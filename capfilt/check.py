@@ -8,7 +8,7 @@ from capfilt import manifest
 from capfilt.config import Config
 from capfilt.errors import ConfigError, InputError, UsageError
 from capfilt.identities import checkpoint_digest, matcher_verdicts, start_weights
-from capfilt.pipeline import TRAININGS, clear_leftovers
+from capfilt.pipeline import TRAININGS, clear_leftovers, slow_bf16
 from capfilt.shards import RunDir
 from capfilt.stage import Stage, identify, identify_shared
 
@@ -158,7 +158,9 @@ def _check_filter(config: Config) -> list[str]:
 
 def _check_device(config: Config) -> list[str]:
     if config.device in ("auto", "cpu"):
-        return [f"device   {config.device}"]
+        slow = ", ".join(slow_bf16(config))
+        note = f"note     {slow}: bf16, for which this CPU has no instructions; fp32 is faster here"
+        return [f"device   {config.device}", *([note] if slow else [])]
     import torch
 
     found = torch.cuda if config.device == "cuda" else torch.backends.mps

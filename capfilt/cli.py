@@ -109,12 +109,12 @@ def run(
     config: ConfigArg,
     overrides: SetOption = None,
     redo: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="STEP",
             help="Replace the work of this step and of those after it where it was done with "
             "another config or input. Steps: download, ingest, features, pretrain, captioner, "
-            "matcher, caption, score, filter, export, report.",
+            "matcher, caption, score, filter, export, report. Of several the first one counts.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -127,9 +127,11 @@ def run(
     """
     from capfilt.pipeline import ORDER
 
-    if redo is not None and redo not in ORDER:
-        raise typer.BadParameter(f"{redo!r} is none of {', '.join(ORDER)}", param_hint="--redo")
-    _run(config, overrides, ORDER, redo, as_json, quiet, verbose)
+    for step in redo or ():
+        if step not in ORDER:
+            raise typer.BadParameter(f"{step!r} is none of {', '.join(ORDER)}", param_hint="--redo")
+    first = min(redo, key=ORDER.index) if redo else None
+    _run(config, overrides, ORDER, first, as_json, quiet, verbose)
 
 
 def _step(step: str, help_text: str, command_line: str | None = None) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from tiny import Tiny
 from capfilt.check import check
 from capfilt.config import load
 from capfilt.errors import CapfiltError, MismatchError
-from capfilt.pipeline import run
+from capfilt.pipeline import device_for, run, slow_bf16
 
 
 def test_check_finds_work_of_another_config(tiny: Tiny) -> None:
@@ -60,3 +60,24 @@ def test_pictures_outside_of_the_folder_are_told(tiny: Tiny, where: str) -> None
     (tiny.folder / "human.jsonl").write_text(json.dumps({"image": path, "caption": "x"}) + "\n")
     with pytest.raises(CapfiltError, match=r"human\.images: none of the first 1 paths .*/0\.png"):
         check(load(tiny.config))
+
+
+@pytest.mark.parametrize(
+    ("able", "told"),
+    [({"avx2": True}, True), ({"avx512_f": True, "avx512_bf16": True}, False), ({"bf16": True}, False)],
+)  # fmt: skip
+def test_bf16_without_its_instructions_is_told(
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    able: dict[str, bool],
+    told: bool,
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
+    tiny.values |= {"device": "cpu", "score": {"precision": "bf16"}}
+    notes = [line for line in check(load(tiny.config)) if line.startswith("note ")]
+    assert ("note     score.precision: bf16" in notes[-1] if notes else False) is told
+    assert device_for("score", load(tiny.config)) == "cpu"
+    assert ("--set score.precision=fp32" in caplog.text) is told
+    tiny.values["score"]["precision"] = "fp32"
+    assert not slow_bf16(load(tiny.config))

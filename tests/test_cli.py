@@ -298,6 +298,16 @@ def test_redo_names_a_step(tiny: Tiny, capfilt: Cli) -> None:
     assert said.code == 2 and "'nothing' is none of download, ingest" in said.err
 
 
+def test_of_several_redos_the_first_step_counts(
+    tiny: Tiny, capfilt: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(pipeline, "run", lambda *_, redo, **__: asked.append(redo) or [])
+    capfilt("run", tiny.config, "--redo", "score", "--redo", "captioner", "--redo", "filter")
+    capfilt("run", tiny.config)
+    assert asked == ["captioner", None]
+
+
 def test_interrupted(tiny: Tiny, capfilt: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     said = capfilt("ingest", tiny.config)
