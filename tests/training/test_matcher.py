@@ -2,18 +2,20 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from small_run import TINY, picture, tiny_med
+from small_run import COLOURS, THINGS, TINY, config_of, picture, tiny_med, write_run
 
 from capfilt.config import Itc, Itm, Matcher
+from capfilt.models import folder as model_folder
 from capfilt.models.images import open_rgb, pixels
 from capfilt.models.tokens import load_tokenizer, tokenize
 from capfilt.training import objectives
 from capfilt.training.data import Batch
 from capfilt.training.loop import slices
-from capfilt.training.matcher import matcher_losses
+from capfilt.training.matcher import finetune_matcher, matcher_losses
 from capfilt.training.swaps import WordSwaps
 
 ROWS = 6
@@ -134,3 +136,34 @@ def test_itm_reads_further_texts_as_it_reads_all_others(monkeypatch: pytest.Monk
     plain = model.embed_text(ids, mask)
     torch.testing.assert_close(seen[0][:ROWS], plain)
     torch.testing.assert_close(seen[0][-2:], plain[[1, 3]])
+
+
+def test_a_training_shows_texts_with_a_word_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", {"human-00000": 40, "human-00001": 30})
+    model_folder.save(tiny_med(), load_tokenizer(), tmp_path / "init", vocabulary=None)
+    shown: list[tuple[str, str]] = []
+    objective = objectives.itm_objective
+
+    def watched(model, tokenizer, captions, *rest, further, **options):
+        shown.extend((captions[row], text) for row, text in further)
+        return objective(model, tokenizer, captions, *rest, further=further, **options)
+
+    monkeypatch.setattr(objectives, "itm_objective", watched)
+    for swap in (0.0, 1.0):
+        settings = {
+            "init": str(tmp_path / "init"), "epochs": 2, "batch_size": 14, "freeze_image": False,
+            "itm": {"word_swap": swap},
+        }  # fmt: skip
+        config = config_of(tmp_path / "run", matcher=settings)
+        found = finetune_matcher(run, config, tmp_path / f"matcher-{swap}", "x", "cpu", None)
+        assert found["steps"] == 10
+        assert bool(shown) is (swap > 0)
+    assert len(shown) > 0.9 * 10 * 14
+    for caption, text in shown:
+        pairs = zip(caption.split(), text.split(), strict=True)
+        changed = [(old, new) for old, new in pairs if old != new]
+        assert len(changed) == 1, (caption, text)
+    words = {new for caption, text in shown for new in set(text.split()) - set(caption.split())}
+    assert len(words & {*COLOURS, *THINGS}) > 10
