@@ -199,7 +199,8 @@ def calibrate(arguments: argparse.Namespace, pairs: list[dict]) -> None:
                 print(f"  refused: {refused.strip()}")
                 continue
             file = run / "calibration.json"
-            capfilt(arguments, run, "filter", "--set", f"filter.calibration={file}")
+            changed = ("--set", f"filter.calibration={file}", "--set", "filter.itm_threshold=null")
+            capfilt(arguments, run, "filter", *changed)
             found.append(show_kept(run, pairs))
     if found:
         precision, recall = np.array(found).T

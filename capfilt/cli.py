@@ -445,7 +445,12 @@ def calibrate(
     for warning in found.report["warnings"]:
         print(f"warning: {warning}")
     print(f"charts  {path.with_suffix('.html')}")
-    given = [*(overrides or ()), f"filter.calibration={path}"]
+    # a threshold that the config names holds beside the calibration: less would be kept
+    beside = loaded.filter.named_thresholds()
+    if beside:
+        print(f"set in the config, and turned off by the line below: {', '.join(beside)}")
+    off = [f"filter.{name}=null" for name in beside]
+    given = [*(overrides or ()), *off, f"filter.calibration={path}"]
     options = [word for one in given for word in ("--set", one)]
     print(f"use it  {shlex.join(['capfilt', 'filter', str(config), *options])}")
 

@@ -516,8 +516,9 @@ class Filter(_Section):
     calibration: LocalPath | None = _runtime(
         None,
         "File of `capfilt calibrate`: drop a web or synthetic text that is below its source's "
-        "threshold for the precision that was asked for; null is off. The file's digest, not its "
-        "path, decides the output. Example: `calibration: runs/quickstart/calibration.json`",
+        "threshold for the precision that was asked for; null is off. Thresholds that stand beside "
+        "it in the config hold too. The file's digest, not its path, decides the output. Example: "
+        "`calibration: runs/quickstart/calibration.json`",
     )
     expression: str | None = None
     """Drop a web or synthetic text for which this condition over the columns of its scores and its
@@ -550,6 +551,20 @@ class Filter(_Section):
         if isinstance(values, dict) and any(values.get(rule) is not None for rule in rules):
             return {"itm_threshold": None, **values}
         return values
+
+    def named_thresholds(self) -> list[str]:
+        """Keys of the thresholds that the config sets itself; they hold beside a calibration."""
+        return [
+            name
+            for name in (
+                "itm_threshold",
+                "itc_threshold",
+                "synthetic_itm_threshold",
+                "synthetic_itc_threshold",
+                "fused_threshold",
+            )
+            if name in self.model_fields_set and getattr(self, name) is not None
+        ]
 
     @model_validator(mode="after")
     def _fits(self) -> "Filter":

@@ -11,6 +11,7 @@ from made_up_scores import MATCHER, web
 
 from capfilt import calibrate as driver
 from capfilt import manifest
+from capfilt.config import load as load_config
 from capfilt.errors import InputError, UsageError
 from capfilt.inspect.labels import Label, LabelStore
 from capfilt.manifest import Identity
@@ -241,6 +242,14 @@ def test_the_line_that_says_how_to_use_it_can_be_pasted(tmp_path: Path, capfilt)
     words = shlex.split(line.removeprefix("use it"))
     file = f"filter.calibration={tmp_path / 'my run' / 'calibration.json'}"
     assert words == ["capfilt", "filter", str(config), "--set", given, "--set", file]
+    # a threshold of the config would hold beside it
+    both = ("--set", "filter.itm_threshold=0.99")
+    said = capfilt("calibrate", config, "--set", given, *both, "--target", "precision=0.9")
+    assert "turned off by the line below: itm_threshold\n" in said.out
+    words = shlex.split(said.out.splitlines()[-1].removeprefix("use it"))
+    assert words[5:] == [*both, "--set", "filter.itm_threshold=null", "--set", file]
+    decided = load_config(config, tuple(words[4::2])).filter
+    assert decided.itm_threshold is None and decided.calibration is not None
     # and a folder that is not there is called that
     gone = tmp_path / "lables"
     said = capfilt("calibrate", config, "--set", given, "--labels", gone)
