@@ -46,8 +46,8 @@ FEWEST = 20
 COVER = 12
 """Labels that a cell of the pool holds on average where they were drawn at random. One in some
 160,000 such cells then holds none, so a cell without a label tells of labels that were picked."""
-LIKELY = 0.5
-"""Where a match is at least so probable, the curve is fitted to the examples there alone."""
+LIKELY = (0.5, 0.75)
+"""From where on a match is so probable, the curve is fitted anew to the examples there alone."""
 FOLDS = 5
 RESAMPLES = 200
 CELLS = 8
@@ -368,19 +368,21 @@ def fit_platt(scores: Floats, match: Bools, weights: Floats) -> Curve:
     like a right one, so precision rises slowly there.
 
     Returns:
-        The curve, as at most 800 points.
+        The curve, as at most 1,200 points.
     """
-    whole = _logistic(scores, match, weights)
-    likely = whole(scores) >= LIKELY
-    right, wrong = int(match[likely].sum()), int((~match[likely]).sum())
-    if right + wrong < 2 * FEWEST or not right or not wrong:
-        return whole
-    top = _logistic(scores[likely], match[likely], weights[likely])
-    start = float(scores[likely].min())
-    below, above = whole.x < start, top.x >= start
-    x = np.concatenate([whole.x[below], [start], top.x[above]])
-    y = np.concatenate([whole.y[below], [float(top(np.array([start]))[0])], top.y[above]])
-    return Curve(x, np.maximum.accumulate(y))
+    curve = _logistic(scores, match, weights)
+    for level in LIKELY:
+        likely = curve(scores) >= level
+        right, wrong = int(match[likely].sum()), int((~match[likely]).sum())
+        if right + wrong < 2 * FEWEST or not right or not wrong:
+            break
+        top = _logistic(scores[likely], match[likely], weights[likely])
+        start = float(scores[likely].min())
+        below, above = curve.x < start, top.x >= start
+        x = np.concatenate([curve.x[below], [start], top.x[above]])
+        y = np.concatenate([curve.y[below], [float(top(np.array([start]))[0])], top.y[above]])
+        curve = Curve(x, np.maximum.accumulate(y))
+    return curve
 
 
 def _logistic(scores: Floats, match: Bools, weights: Floats) -> Curve:
