@@ -43,6 +43,8 @@ from capfilt.evaluation.calibration_report import (
 
 FEWEST = 20
 """Labelled matches, and labelled mismatches, that a calibration needs."""
+HANDFUL = 10
+"""Labels that must lie at or above a threshold, or it would stand on chance."""
 COVER = 12
 """Labels that a cell of the pool holds on average where they were drawn at random. One in some
 160,000 such cells then holds none, so a cell without a label tells of labels that were picked."""
@@ -512,9 +514,10 @@ def _calibrate_source(
     # of what no label covers nothing is known: it counts as wrong, whatever the curve says there
     sure = np.where(covered, probability, 0.0)
     threshold, _ = pick_threshold(in_pool, sure, target)
+    lowest = np.sort(scores[used])[-min(HANDFUL, int(used.sum()))]
     best = min(
         best_reachable(scores[used], examples.match[used], weights[used], FEWEST),
-        best_reachable(in_pool, sure, np.ones(len(in_pool)), 1),
+        best_reachable(in_pool, sure, np.ones(len(in_pool)), max(1, (in_pool >= lowest).sum())),
     )
     # the curve may say otherwise: it can end in a step of a few labels; and what the labels of
     # other sources say of the best of these is no promise

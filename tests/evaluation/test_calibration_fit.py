@@ -256,3 +256,21 @@ def test_what_is_not_covered_counts_as_wrong():
         assert bool(part["kept_uncovered"]) == any("no label covers" in each for each in part["warnings"])  # fmt: skip
         assert part["precision_interval"][0] <= part["precision"] <= part["precision_interval"][1]
     assert kept == sorted(kept) and part["uncovered"]["share"] < 0.01
+
+
+def test_a_promise_does_not_stand_on_a_handful_of_labels():
+    """Where 0.95 is hardly in reach, some draws of labels find it among the very best few pairs."""
+    random, count, promises = np.random.default_rng(0), 3000, 0
+    itm = np.sort(random.random(count))
+    match = random.random(count) < np.minimum(1.2 * itm, 0.92)
+    pool = cfit.Pool(itm, np.full(count, 0.3), count)
+    for draw in range(40, 65):
+        rows = np.random.default_rng(draw).choice(count, 300, replace=False)
+        try:
+            found = fit(reviewed(pool, match, rows), pool, 0.95, score="itm", resamples=2)
+        except UsageError:
+            continue
+        promises += 1
+        kept = found.keeps(itm[rows], pool.itc[rows], "web")
+        assert kept.sum() >= cfit.HANDFUL
+    assert promises > 5
