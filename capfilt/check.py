@@ -158,9 +158,13 @@ def _check_filter(config: Config) -> list[str]:
 
 def _check_device(config: Config) -> list[str]:
     if config.device in ("auto", "cpu"):
-        slow = ", ".join(slow_bf16(config))
-        note = f"note     {slow}: bf16, for which this CPU has no instructions; fp32 is faster here"
-        return [f"device   {config.device}", *([note] if slow else [])]
+        lines = [f"device   {config.device}"]
+        if slow := slow_bf16(config):
+            lines.append(
+                f"note     {', '.join(slow)}: bf16, for which this CPU has no instructions; "
+                "fp32 is faster here"
+            )
+        return lines
     import torch
 
     found = torch.cuda if config.device == "cuda" else torch.backends.mps

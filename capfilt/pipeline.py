@@ -186,7 +186,7 @@ def slow_bf16(config: Config, steps: tuple[str, ...] = ORDER) -> list[str]:
 
 
 def device_for(step: str, config: Config) -> str:
-    """The device that a step with a model runs on."""
+    """The device that a step with a model runs on; warns where its bf16 is slow there."""
     for key in slow_bf16(config, (step,)):
         log.warning(
             "%s is bf16, for which this CPU has no instructions: --set %s=fp32 is faster by far",

@@ -514,10 +514,11 @@ def _calibrate_source(
     # of what no label covers nothing is known: it counts as wrong, whatever the curve says there
     sure = np.where(covered, probability, 0.0)
     threshold, _ = pick_threshold(in_pool, sure, target)
-    lowest = np.sort(scores[used])[-min(HANDFUL, int(used.sum()))]
+    # as many pairs as score like the best `HANDFUL` of the labels, or better
+    handful = max(1, int((in_pool >= np.sort(scores[used])[-HANDFUL:][0]).sum()))
     best = min(
         best_reachable(scores[used], examples.match[used], weights[used], FEWEST),
-        best_reachable(in_pool, sure, np.ones(len(in_pool)), max(1, (in_pool >= lowest).sum())),
+        best_reachable(in_pool, sure, np.ones(len(in_pool)), handful),
     )
     # the curve may say otherwise: it can end in a step of a few labels; and what the labels of
     # other sources say of the best of these is no promise
